@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kdlib._layouts import prefix_candidates, shown_prefix
+
 T = TypeVar("T")
 
 
@@ -131,13 +133,6 @@ def check_target(owner: str, target: Tensor, batch: int, classes: int) -> None:
         raise ValueError(f"{owner}: target must be from 0 to below c = {classes}, got {value}")
 
 
-def check_relation(owner: str, student: Tensor, teacher: Tensor, reduction: str, weight: Tensor | None) -> None:
-    """A relation loss compares two batches of equal length, of any feature shape, and returns one value per batch."""
-    check_relation_reduction(owner, reduction)
-    check_batches(owner, "b d ...", student=student, teacher=teacher)
-    check_weight(owner, weight, student.shape[0])
-
-
 def check_relation_reduction(owner: str, reduction: str) -> None:
     """A relation loss has no per-sample form."""
     if reduction != "mean":
@@ -168,6 +163,23 @@ def check_below(owner: str, name: str, x: Tensor, batch: int, **limit: int) -> N
 def check_identities(owner: str, identities: Tensor, batch: int, number: int) -> None:
     """`identities` must be `(b,)` whole numbers below `number`."""
     check_below(owner, "identities", identities, batch, num_identities=number)
+
+
+def check_prefix(
+    owner: str, name: str, x: Tensor, given: int | None, argument: str, positions: Sequence[int] = ()
+) -> int:
+    """Return how many leading tokens of `x` (b, n, d) are not on the grid: `given`, or the number that shapes show."""
+    if given is not None:
+        check_number(owner, argument, given, min=0, below=max(x.shape[1], 1), integer=True)
+        return given
+    shown = shown_prefix(x.shape[1], positions)
+    if shown is None:
+        few = " or ".join(map(str, prefix_candidates(x.shape[1], positions))) or "an unknown number of"
+        raise ValueError(
+            f"{owner}: {name} {show_shape(x)} may have {few} tokens (class token, registers) before those of the grid; "
+            f"give {argument}= (0 if all are on the grid)"
+        )
+    return shown
 
 
 def check_type(owner: str, name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdlib.types import Targets, TeacherInputs
 
 __all__ = [
-    "bring", "fork_random_state", "hold", "input_names", "is_unchanged", "map_tensors", "move",
+    "fork_random_state", "hold", "input_names", "is_unchanged", "map_tensors", "move", "move_tensors",
     "read_inputs", "split_inputs", "tensors_in", "unchanged",
 ]  # fmt: skip
 
@@ -78,7 +78,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
-def bring(value: Any, device: torch.device) -> Any:
+def move_tensors(value: Any, device: torch.device) -> Any:
     """Move all tensors of `value` to a device; only a copy to the CPU, whose values are read at once, waits."""
     return map_tensors(value, lambda tensor: tensor.to(device, non_blocking=device.type != "cpu"))
 

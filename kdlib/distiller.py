@@ -21,12 +21,12 @@ from kdlib._checks import (
     check_type,
 )
 from kdlib._held import (
-    bring,
     fork_random_state,
     hold,
     input_names,
     is_unchanged,
     move,
+    move_tensors,
     read_inputs,
     split_inputs,
     unchanged,
@@ -128,7 +128,7 @@ class Distiller(nn.Module):
             with torch.no_grad():
                 features = self._call(f"teacher {name!r}", teacher, given)
                 away = any(isinstance(x, Tensor) and x.device != device for x in features.values())
-                teachers[name] = {key: bring(x, device) for key, x in features.items()} if away else features
+                teachers[name] = {key: move_tensors(x, device) for key, x in features.items()} if away else features
         return student, teachers
 
     def _call(self, owner: str, model: Callable[..., Features], inputs: Any) -> Features:

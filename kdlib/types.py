@@ -227,7 +227,7 @@ class PassesInputs(Protocol):
 
     @property
     def receiver(self) -> nn.Module:
-        """The student that receives the inputs; its `forward` tells `train` which entries of a mapping are inputs."""
+        """The student that receives the inputs; the arguments of its `forward` are the entries of a mapping that `train` passes as inputs."""
 
 
 @runtime_checkable

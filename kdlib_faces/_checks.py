@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = [
-    "InputError", "check_class_centers", "check_class_shards", "check_every_identity", "check_identities", "check_identities_or_triplets",
-    "check_mesh", "check_parameter", "check_rates", "check_set", "report_key", "show_name",
+    "InputError", "NotFiniteError", "check_class_centers", "check_class_shards", "check_every_identity", "check_identities", "check_identities_or_triplets",
+    "check_mesh", "check_parameter", "check_rates", "check_set", "describe_error", "report_key", "show_name",
 ]  # fmt: skip
 
 
@@ -34,6 +34,25 @@ class InputError(ValueError):
 
     The command line prints it as one line and exits with code 2.
     """
+
+
+class NotFiniteError(InputError):
+    """An output of a network is NaN or infinite.
+
+    Args:
+        problem: What the network returns.
+        row: Position of the first such image in the batch, from 0.
+    """
+
+    def __init__(self, problem: str, row: int) -> None:
+        super().__init__(f"{problem} for image {row} of the batch")
+        self.problem, self.row = problem, row
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the message of an error and its notes, such as the batch in which it occurred, as one line."""
+    notes: list[str] = getattr(error, "__notes__", [])  # absent until the first note is added
+    return "; ".join(" ".join(text.split()) for text in (str(error), *notes))
 
 
 def show_name(name: object, limit: int = 120) -> str:

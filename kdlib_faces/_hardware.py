@@ -150,7 +150,9 @@ def choose_device(name: str | None = None) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in known:
-        raise InputError(f"--device must be one of {', '.join(known)} on this machine, got {name[:40]!r}")
+        why = f"; torch {torch.__version__} finds no accelerator: install its driver and a build of torch for it, or leave out --device"
+        why = "" if found is not None or device.type == "meta" else why
+        raise InputError(f"--device must be one of {', '.join(known)} on this machine, got {name[:40]!r}{why}")
     if device.type != "cpu" and (device.index or 0) >= (count := torch.accelerator.device_count()):
         raise InputError(f"--device must be below {device.type}:{count} on this machine, got {name}")
     return CPU if device.type == "cpu" else device

@@ -4,7 +4,6 @@ import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +30,7 @@ class Weights:
     """
 
     kind: str
-    content: Any
+    content: object
     size: int
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -76,7 +75,7 @@ def read_weights(owner: str, path: Path) -> Weights:
     return Weights("PyTorch", content, size)
 
 
-def _read_beside_objects(owner: str, path: Path, archive: bool) -> Any:
+def _read_beside_objects(owner: str, path: Path, archive: bool) -> object:
     """Read the tensors of a file that `torch.load` refuses."""
     try:
         content = read_tensors(path, archive=archive)

@@ -50,11 +50,19 @@ class _Parser(argparse.ArgumentParser):
         text = "images that cannot be read: list them and end, or leave them out with a warning (stop)"
         self.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=text)
 
-    def add_hardware(self) -> None:
-        """Add the options for the device, the precision and the workers."""
+    def add_device(self) -> None:
+        """Add the option for the device."""
         text = "cpu, or an accelerator of this machine, such as cuda or cuda:1 (the accelerator where there is one)"
         self.add_argument("--device", metavar="NAME", help=text)
+
+    def add_hardware(self) -> None:
+        """Add the options for the device and the precision."""
+        self.add_device()
         self.add_argument("--amp", choices=("none", "bfloat16", "float16"), help="precision of forward passes (none)")
+
+    def add_workers(self, text: str, default: int | None, min: int = 1) -> None:
+        """Add the option for processes or threads that prepare images."""
+        self.add_argument("--workers", type=_number(min, 1024), default=default, metavar="N", help=text)
 
     def add_compile(self) -> None:
         """Add the option for torch.compile."""
@@ -111,6 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     text = "start of the students on real faces: scratch, or shrink:FILE, a narrower copy of a teacher (the general teacher)"
     demo.add_argument("--start", metavar="scratch|shrink:FILE", help=text)
     demo.add_compile()
+    demo.add_workers("processes that augment the training images ahead (0)", 0, 0)
 
     train = commands.add_parser("train", parents=[common, run, data], help="train a student or a teacher on face lists")
     text = "what to train: a student of two teachers, a student alone, or a teacher (liaad)"
@@ -122,8 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_on_error()
     train.set_defaults(on_error=None)  # a recorded run may have it
     train.add_compile()
-    text = "processes that decode images ahead (0 where the images fit in memory, else up to 4)"
-    train.add_argument("--workers", type=_number(0, 1024), metavar="N", help=text)
+    train.add_workers("processes that decode images ahead (0 where the images fit in memory, else up to 4)", None, 0)
     train.add_argument("--tensorboard", action="store_true", help="write losses and speed to OUTPUT/tensorboard")
     text = "seconds that a process waits for the others under torchrun before the run ends with an error (60)"
     train.add_argument("--timeout", type=_number(1, 86_400), default=60, metavar="SECONDS", help=text)
@@ -145,8 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--scores", action="store_true", help="write all scores to scores/PROTOCOL-MODEL.csv")
     evaluate.add_on_error()
     evaluate.add_compile()
-    text = "threads that decode images (2)"
-    evaluate.add_argument("--workers", type=_number(1, 1024), default=2, metavar="N", help=text)
+    evaluate.add_workers("threads that decode images (2)", 2)
     evaluate.add_folder("--output", "runs/evaluate", "folder of the report")
 
     _add_cache(commands.add_parser("cache", help="cache the outputs of a teacher for face lists"), common, run, data)
@@ -175,16 +182,16 @@ def _add_input(parser: _Parser) -> None:
 
 
 def _add_deployment(commands: "argparse._SubParsersAction[_Parser]", common: _Parser) -> None:
-    from kdlib_faces.commands.deployment_options import add_options
+    from kdlib_faces.commands.command_options import add_deployment_options
 
     text = "export a network to ONNX or torch.export, with a model card"
     export = commands.add_parser("export", parents=[common], help=text)
     embed = commands.add_parser("embed", parents=[common], help="write the embeddings of images, lists or folders")
     compare = commands.add_parser("compare", parents=[common], help="compare two face crops or photographs")
-    add_options(export, embed, compare)
+    add_deployment_options(export, embed, compare)
     export.add_argument("--opset", type=_number(18, 30), default=18, help="version of the ONNX operators (18)")
     embed.add_on_error()
-    embed.add_argument("--workers", type=_number(1, 1024), default=2, metavar="N", help="decoding threads (2)")
+    embed.add_workers("threads that decode images (2)", 2)
     embed.add_folder("--output", "runs/embed", "folder of embeddings.npy and images.csv")
     _add_input(export)
     for parser in (embed, compare):
@@ -194,22 +201,12 @@ def _add_deployment(commands: "argparse._SubParsersAction[_Parser]", common: _Pa
 
 
 def _add_align(parser: _Parser) -> None:
-    text = "folder of photographs; identities are its subfolders"
-    parser.add_argument("photographs", type=Path, metavar="PHOTOS", help=text)
-    text = "face detector: YuNet (2023) or SCRFD with landmarks"
-    parser.add_argument("--detector", type=Path, required=True, metavar="ONNX", help=text)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the crops and lists")
-    text = "which of several faces to crop: the largest, the one nearest to the center, all, or none (largest)"
-    parser.add_argument("--several", choices=("largest", "center", "all", "refuse"), help=text)
-    text = "photographs without a face: leave out, keep at the size of a crop, or stop (skip)"
-    parser.add_argument("--no-face", choices=("skip", "keep-resized", "stop"), help=text)
-    parser.add_argument("--min-score", metavar="N", help="lower limit of the score of a face (0.6)")
-    parser.add_argument("--min-size", metavar="PIXELS", help="lower limit of the size of a face in the photograph (16)")
+    from kdlib_faces.commands.command_options import add_align_options
+
+    add_align_options(parser)
     parser.add_on_error()
-    parser.add_argument("--workers", type=_number(1, 1024), default=1, metavar="N", help="number of processes (1)")
-    parser.add_argument("--config", type=Path, metavar="TOML", help="file of settings; --set overrides it")
-    text = "change a setting, such as size, format=jpg, detector_size, low_score; repeatable"
-    parser.add_list("--set", "KEY=VALUE", text, dest="settings")
+    parser.add_device()
+    parser.add_workers("number of processes (1)", 1)
 
 
 def _add_cache(parser: _Parser, common: _Parser, run: _Parser, data: _Parser) -> None:
@@ -225,12 +222,13 @@ def _add_cache(parser: _Parser, common: _Parser, run: _Parser, data: _Parser) ->
     make.add_argument("--dtype", choices=("float16", "int8", "float32"), help="type on disk (float16)")
     make.add_on_error()
     make.add_compile()
-    make.add_argument("--workers", type=int, default=1, metavar="N", help="number of processes (1)")
+    make.add_workers("number of processes (1)", 1)
     check = actions.add_parser("verify", parents=[common], help="verify checksums, values and some recomputed rows")
     check.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
     check.add_list("--data", "PATH", "lists that it was built from")
     check.add_argument("--teacher", type=Path, metavar="FILE", help="file that it was built from")
     check.add_argument("--rows", type=_number(0, 2**31 - 1), default=64, help="number of rows to recompute (64)")
+    check.add_device()
     show = actions.add_parser("info", parents=[common], help="describe a cache")
     show.add_argument("directory", type=Path, metavar="DIR", help="folder of the cache")
 
@@ -347,4 +345,6 @@ def _one_line(error: Exception) -> str:
         return f"{where}{error.strerror}"
     if isinstance(error, ImportError) and error.name:
         return f"{error}; install the extra: pip install 'kdlib-torch[faces,onnx]'"
-    return " ".join(str(error).split()) or type(error).__name__
+    from kdlib_faces._checks import describe_error  # loads torch
+
+    return describe_error(error) or type(error).__name__

@@ -15,7 +15,7 @@ from kdlib_faces._checks import InputError, show_name
 
 __all__ = ["Configuration", "dump_toml", "load_config", "read_toml", "to_toml", "walk_settings"]
 
-T = TypeVar("T")
+T = TypeVar("T", bound="Configuration")
 MAX_BYTES = 1_000_000
 MAX_INTEGER = 2**63 - 1
 # The parser needs memory in the square of the parts of a key.
@@ -169,13 +169,13 @@ def _split(text: str) -> tuple[str, object]:
 
 
 def _set(
-    cls: Any,
+    cls: type[Configuration],
     key: str,
-    value: Any,
+    value: object,
     source: str,
     settings: dict[str, tuple[object, str]],
     prefix: str = "",
-    root: Any = None,
+    root: type[Configuration] | None = None,
 ) -> None:
     """Convert the value of the field with the dotted name `key`; a table sets the fields of a nested dataclass."""
     name, _, rest = key.partition(".")
@@ -190,14 +190,16 @@ def _set(
         if rest:
             raise InputError(f"{source}: {full!r} is a single value without {_show(rest)!r}")
         settings[full] = (_convert(hints[name], value, full, source), source)
-    elif rest or isinstance(value, Mapping):
-        for inner, item in [(rest, value)] if rest else value.items():
+    elif rest:
+        _set(nested, rest, value, source, settings, f"{full}.", root)
+    elif isinstance(value, Mapping):
+        for inner, item in value.items():
             _set(nested, inner, item, source, settings, f"{full}.", root)
     else:
         raise InputError(f"{source}: {full!r} is a group of settings, got {_show(value)}")
 
 
-def _settings(cls: Any, prefix: str = "") -> Iterator[str]:
+def _settings(cls: type[Configuration], prefix: str = "") -> Iterator[str]:
     """The dotted names of all settings of a dataclass."""
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -215,7 +217,7 @@ def _nearest_settings(key: str, beside: list[str], known: list[str]) -> str:
     return f"; the nearest are {', '.join(map(repr, same))}" if same else nearest(_show(key), [*beside, *known])
 
 
-def _build(cls: Any, prefix: str, settings: Mapping[str, tuple[object, str]], base: Any = None) -> Any:
+def _build(cls: type[T], prefix: str, settings: Mapping[str, tuple[object, str]], base: T | None = None) -> T:
     """Return `base`, or the defaults of `cls`, with the fields of `settings` below `prefix` changed."""
     values: dict[str, Any] = {}
     hints = get_type_hints(cls)

@@ -1,5 +1,7 @@
 """The documentation builds without warnings, is complete and offline, and shows the stored figures."""
 
+import argparse
+import doctest
 import hashlib
 import importlib
 import importlib.util
@@ -101,6 +103,67 @@ def test_every_class_and_function_has_an_example(package: str) -> None:
     }  # fmt: skip
     # Errors without attributes, and the dictionaries of a checkpoint.
     assert lacking <= {"CacheError", "CheckpointError", "CheckpointState", "StepValues", "StreamState"}
+
+
+FACES_EXAMPLES = [
+    f"kdlib_faces.{name}"
+    for name in ("backbones", "data", "evaluation", "export", "heads", "losses", "recipes", "teachers")
+]
+WITHOUT_EXAMPLE = {
+    "FaceDataWarning", "IdentityOverlapWarning", "ProtocolResult", "Result",
+    "read_agedb_pairs",  # needs a MATLAB file
+    "shard_head",  # needs several processes
+    "convert_float16", "export_onnx", "export_program", "quantize_onnx",  # take seconds, or need the onnx extra
+}  # fmt: skip
+
+
+def has_example(value: object) -> bool:
+    return ">>> " in (value.__doc__ or "")
+
+
+def returned_names(values: dict[str, object]) -> set[str]:
+    """Names of the classes that functions and methods with an example return, and of the classes of their fields."""
+    functions = [value for value in values.values() if isinstance(value, types.FunctionType) and has_example(value)]
+    for owner in values.values():
+        if isinstance(owner, type):
+            methods = [each for each in vars(owner).values() if isinstance(each, types.FunctionType)]
+            functions += [each for each in methods if has_example(owner) or has_example(each)]
+    open_: list[object] = [function.__annotations__.get("return") for function in functions]
+    found: set[str] = set()
+    while open_:
+        for name in set(re.findall(r"\w+", str(open_.pop()))) - found:
+            if isinstance(value := values.get(name), type):
+                found.add(name)
+                open_ += vars(value).get("__annotations__", {}).values()
+    return found
+
+
+def test_every_class_and_function_of_the_faces_package_has_an_example_or_is_the_result_of_one() -> None:
+    modules = [importlib.import_module(package) for package in FACES_EXAMPLES]
+    values = {name: getattr(module, name) for module in modules for name in module.__all__}
+    shown = returned_names(values)
+    lacking = {
+        name for name, value in values.items()
+        if isinstance(value, (type, types.FunctionType)) and not has_example(value) and name not in shown
+    }  # fmt: skip
+    assert lacking == WITHOUT_EXAMPLE
+
+
+def test_examples_of_the_published_networks_run() -> None:
+    """The constructors are made in another module than the one that holds them, so pytest finds no example there."""
+    from kdlib_faces import backbones
+
+    made = [getattr(backbones, name) for name in backbones.__all__]
+    made = [
+        value for value in made if isinstance(value, types.FunctionType) and value.__name__ != value.__code__.co_name
+    ]
+    assert len(made) == 14
+    runner = doctest.DocTestRunner()
+    for function in made:
+        for case in doctest.DocTestFinder().find(function, module=False, globs={}):
+            assert case.examples, function.__name__
+            runner.run(case)
+    assert runner.summarize(verbose=False).failed == 0
 
 
 def test_the_sidebar_lists_the_names_of_one_topic(built: Path) -> None:
@@ -214,6 +277,28 @@ def test_the_tables_of_options_contain_every_setting(built: Path) -> None:
     assert {"--detector", "--recipe", "--protocol", "--max-loss", "--no-flip", "--debug", "num_failures"} <= shown
 
 
+def test_the_table_of_hardware_options_is_that_of_the_parsers() -> None:
+    from kdlib_faces.cli import make_parser
+
+    page = (ROOT / "docs" / "command_line.md").read_text("utf-8")
+    table = page.partition("| command | `--device` |")[2].partition("\n\n")[0].splitlines()
+    shown = {
+        cells[1].strip(" `"): [cell.strip() != "-" for cell in cells[2:6]]
+        for line in table[2:]
+        if (cells := line.split("|"))
+    }
+    found: dict[str, list[bool]] = {}
+    parsers: list[tuple[str, argparse.ArgumentParser]] = [("", make_parser())]
+    while parsers:
+        name, parser = parsers.pop()
+        groups = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
+        parsers += [(f"{name} {key}".strip(), each) for group in groups for key, each in group.choices.items()]
+        if not groups:
+            flags = {flag for action in parser._actions for flag in action.option_strings}
+            found[name] = [option in flags for option in ("--device", "--amp", "--compile", "--workers")]
+    assert shown == found
+
+
 WIDTHS = (390, 768, 1280, 1440, 1920)
 # The text column and everything in it that has no scroll bar of its own.
 CUT = """(() => {
@@ -290,15 +375,32 @@ def test_the_picture_shows_the_stored_figures() -> None:
         assert picture.text["source"] == digest, "run python benchmarks/draw_figures.py"
 
 
-def test_the_study_shows_the_stored_figures() -> None:
-    pytest.importorskip("matplotlib", reason="the faces extra is not installed")
-    folder = ROOT / "benchmarks" / "study"
-    spec = importlib.util.spec_from_file_location("study_show", folder / "show.py")
+def benchmark(name: str) -> Any:
+    """A script of `benchmarks` as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / "benchmarks" / name)
     assert spec is not None
     assert spec.loader is not None
-    show = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(show)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_study_shows_the_stored_figures() -> None:
+    pytest.importorskip("matplotlib", reason="the faces extra is not installed")
+    show = benchmark("study/show.py")
     assert show.table(*show.read("choose")) in (ROOT / "docs" / "study.md").read_text("utf-8")
+
+
+def test_the_plan_for_a_large_set_shows_the_stored_figures() -> None:
+    script = benchmark("plan_scaling.py")
+    assert script.table(script.Setup()) in (ROOT / "docs" / "scaling.md").read_text("utf-8")
+    # Twice the GPUs, each at half of the speed, need the same hours; 36 million images at 1,000 per second need ten.
+    fast, slow = (script.hours(script.Setup(images_per_second=speed, gpus=gpus)) for speed, gpus in ((100, 4), (50, 8)))
+    assert list(fast.values()) == list(slow.values())
+    even = script.Setup(
+        images=36_000_000, epochs=1, gpus=1, images_per_second=1000, teacher_images_per_second=2000, views=2
+    )
+    assert list(script.hours(even).values()) == ["10.0", "10.0"]
 
 
 def test_names_in_the_text_are_linked(built: Path) -> None:

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from docutils import nodes
 from docutils.statemachine import StringList
@@ -16,7 +16,7 @@ from kdlib_faces.alignment.photographs import AlignConfig
 from kdlib_faces.caching.build import CacheConfig
 from kdlib_faces.cli import make_parser
 from kdlib_faces.commands.train import CONFIGS
-from kdlib_faces.config import walk_settings
+from kdlib_faces.config import Configuration, walk_settings
 from kdlib_faces.demo.config import DemoConfig, faces_config, start_config, unused_settings
 from kdlib_faces.harness.tasks import EvaluateConfig
 
@@ -62,20 +62,21 @@ def option_rows(command: str) -> Iterator[tuple[str, str, str]]:
         yield shown, stated, text
 
 
-def meanings(config: object, prefix: str = "") -> dict[str, str]:
+def meanings(config: Configuration, prefix: str = "") -> dict[str, str]:
     """The entry of `Attributes:` for each setting, nested ones included."""
     found: dict[str, str] = {}
     for cls in reversed(type(config).__mro__):
         for name, text in ENTRY.findall((inspect.getdoc(cls) or "").partition("Attributes:\n")[2]):
             text = " ".join(text.split())
             found[prefix + name] = text if "_" in text.split()[0] else text[0].upper() + text[1:]
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        if dataclasses.is_dataclass(value := getattr(config, field.name)):
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             found |= meanings(value, f"{prefix}{field.name}.")
     return found
 
 
-def settings_tables(command: str) -> Mapping[str, tuple[object, Mapping[str, str]]]:
+def settings_tables(command: str) -> Mapping[str, tuple[Configuration, Mapping[str, str]]]:
     """Column heads of a command, each with its defaults and with the settings that such a run does not read."""
     if command == "train":
         return {name: (cls(), {}) for name, cls in CONFIGS.items()}
@@ -126,12 +127,12 @@ class _Table(SphinxDirective):
     required_arguments = 1
     final_argument_whitespace = True
 
-    def make(self, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[nodes.Node]:
+    def make(self, head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[nodes.Node]:
         lines = [head, tuple("---" for _ in head), *rows]
         text = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
         parent = nodes.Element()
         self.state.nested_parse(StringList(text, source=self.env.docname), self.content_offset, parent)
-        return parent.children
+        return list(parent.children)
 
 
 class CommandOptions(_Table):

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from sphinx.application import Sphinx
+from sphinx.builders.html import StandaloneHTMLBuilder
 from sphinx.ext.autosummary import Autosummary
 from sphinx.highlighting import PygmentsBridge
 from sphinx.pycode import ModuleAnalyzer
@@ -179,6 +180,7 @@ class Names(Autosummary):
     """
 
     required_arguments = 1
+    content: StringList
     option_spec: ClassVar[OptionSpec] = {"see": directives.unchanged, "nosignatures": directives.flag}
 
     def run(self) -> list[nodes.Node]:
@@ -200,7 +202,7 @@ class Names(Autosummary):
 
     def get_items(self, names: list[str]) -> list[tuple[str, str | None, str, str]]:
         """The rows of the table; a loss Module has the summary of its function."""
-        rows = []
+        rows: list[tuple[str, str | None, str, str]] = []
         for shown, _, _, full in super().get_items(names):
             module, _, name = full.rpartition(".")
             value = getattr(importlib.import_module(module), name)
@@ -256,18 +258,18 @@ def expand(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: lis
         added += ["References:", sections["References"], ""] if "References" in sections else []
         lines[:] = "\n".join(added).split("\n")
     elif what == "method" and name.endswith(".forward") and (owner := owner_of(name)):
-        function = dict(sections_of(inspect.getdoc(function_of(owner)) or ""))
+        sections = dict(sections_of(inspect.getdoc(function_of(owner)) or ""))
         parameters = inspect.signature(obj).parameters
         own = inspect.signature(owner).parameters
-        arguments = [text for key, text in arguments_of(function["Args"]) if key in parameters and key not in own]
-        lines += ["Args:", *"\n".join(arguments).split("\n"), "", "Returns:", *function["Returns"].split("\n"), ""]
+        arguments = [text for key, text in arguments_of(sections["Args"]) if key in parameters and key not in own]
+        lines += ["Args:", *"\n".join(arguments).split("\n"), "", "Returns:", *sections["Returns"].split("\n"), ""]
 
 
 def owner_of(method: str) -> type | None:
     """The loss Module of a method, if it calls a function."""
     module, name = method.rsplit(".", 2)[:2] if method.count(".") > 1 else ("", "")
     owner = getattr(importlib.import_module(module), name, None) if module else None
-    return owner if function_of(owner) and "Args:" not in (owner.forward.__doc__ or "") else None
+    return owner if owner and function_of(owner) and "Args:" not in (owner.forward.__doc__ or "") else None
 
 
 def sections_of(text: str) -> Iterator[tuple[str, str]]:
@@ -327,7 +329,8 @@ def navigate(app: Sphinx, page: str, template: str, context: dict[str, Any], tre
 
 @cache
 def topic_tree(app: Sphinx, topic: str, options: tuple[tuple[str, Any], ...]) -> str:
-    return str(app.builder._get_local_toctree(topic, **dict(options)))
+    builder = cast("StandaloneHTMLBuilder", app.builder)  # only this one has the event `html-page-context`
+    return str(builder._get_local_toctree(topic, **dict(options)))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -35,7 +35,7 @@ class References(SphinxDirective):
                 lines += [f"`{name}`", ": " + re.sub(r":(\w+):`", r"{\1}`", text), ""]
         parent = nodes.Element()
         self.state.nested_parse(StringList(lines, source=self.env.docname), self.content_offset, parent)
-        return parent.children
+        return list(parent.children)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_callable
-from kdlib._held import bring, map_tensors, move, split_inputs, tensors_in
+from kdlib._held import map_tensors, move, move_tensors, split_inputs, tensors_in
 from kdlib._maths import full_precision
 from kdlib.adapters._checks import (
     check_device,
@@ -142,10 +142,10 @@ class TeacherAdapter(nn.Module):
                 features = self._features(model, inputs, named)
         finally:
             _leave(model, training)
-        return {name: x.detach() if home is None else bring(x.detach(), home) for name, x in features.items()}
+        return {name: x.detach() if home is None else move_tensors(x.detach(), home) for name, x in features.items()}
 
     def _brought(self, value: Any) -> Any:
-        return value if self.device is None else bring(value, self.device)
+        return value if self.device is None else move_tensors(value, self.device)
 
     def _features(self, model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Tensor]:
         tensors = [*tensors_in((inputs, named))]

@@ -73,7 +73,7 @@ def build_cache(job: Job, wanted: Layout) -> None:
                 layout, first = _start(job, wanted, blocks)
             blocks.prepare(layout)
             run = _Run(job, layout, blocks, first)
-        run.go()
+        run.compute_all()
 
 
 @contextmanager
@@ -114,7 +114,9 @@ _Packed = tuple[NDArray[np.uint8], Errors]
 def _start(job: Job, wanted: Layout, blocks: Blocks) -> tuple[Layout, _Packed]:
     """Compute the first block to get the shapes, and write the header; shards without a header are removed."""
     ids = job.ids[: job.batch_size]
-    features = teacher_outputs(job.teacher, job.fetch(torch.from_numpy(ids.copy()), 0), len(ids))
+    inputs = job.fetch(torch.from_numpy(ids.copy()), 0)
+    with naming_samples(job, 0, len(ids), 0):
+        features = teacher_outputs(job.teacher, inputs, len(ids))
     layout = replace(wanted, features={name: tuple(x.shape[1:]) for name, x in features.items()})
     layout = replace(layout, shard_rows=max(1, job.shard_bytes // layout.row_bytes))
     size = layout.row_bytes
@@ -127,6 +129,18 @@ def _start(job: Job, wanted: Layout, blocks: Blocks) -> tuple[Layout, _Packed]:
     write_file(job.directory / "samples.i64", job.ids.astype("<i8").tobytes())
     layout.write(job.directory)
     return layout, first
+
+
+@contextmanager
+def naming_samples(job: Job, at: int, count: int, view: int) -> Iterator[None]:
+    """Add to an error of the teacher the samples of its batch."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            f"in the batch of {count} samples from sample {job.ids[at]} to {job.ids[at + count - 1]}, view {view}"
+        )
+        raise
 
 
 @torch.no_grad()
@@ -159,7 +173,7 @@ class _Run:
             )
         self.first = None if first is None else (blocks.claim() or 0, *first)
 
-    def go(self) -> None:
+    def compute_all(self) -> None:
         """Compute free blocks until all blocks are complete."""
         pool = ThreadPoolExecutor(1) if self.job.prefetch else None
         try:
@@ -210,9 +224,15 @@ class _Run:
         return [(len(part), self.job.fetch(part, view)) for part in torch.split(ids, self.job.batch_size)]
 
     def _compute(self, block: int, fetch: Callable[[], list[tuple[int, Any]]]) -> None:
-        parts = [teacher_outputs(self.job.teacher, inputs, count) for count, inputs in fetch()]
+        start = self.layout.rows_in(block)[0]
+        view, at = divmod(start, self.layout.samples)
+        parts = []
+        for count, inputs in fetch():
+            with naming_samples(self.job, at, count, view):
+                parts.append(teacher_outputs(self.job.teacher, inputs, count))
+            at += count
         features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        self.writer.write(block, *_packed(self.job, self.layout, features, self.layout.rows_in(block)[0]))
+        self.writer.write(block, *_packed(self.job, self.layout, features, start))
 
 
 def ids_digest(ids: NDArray[np.int64]) -> str:

@@ -236,7 +236,7 @@ def _layout(header: Any) -> Layout:
     return layout
 
 
-def _check_integer(name: str, value: Any, low: int, high: int) -> None:
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
     check_argument(type(value) is int and low <= value <= high, f"{name} is {value!r}")
 
 

@@ -4,10 +4,11 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdlib._checks import check_choice, check_number, check_type
@@ -18,6 +19,8 @@ from kdlib.cache.fingerprint import Fingerprint, check_source
 from kdlib.cache.layout import DTYPES, TRAILER_BYTES, Layout, check_size, read_header, shard_path
 
 __all__ = ["TeacherCache"]
+
+S = TypeVar("S", bound=np.generic)
 
 _MAX_MAPPED = 256
 """Maximum number of memory-mapped shards, since each uses a file descriptor."""
@@ -63,8 +66,8 @@ class TeacherCache:
         self.error = {name: dict(entry) for name, entry in layout.error.items()}
         self.notes, self.parts = dict(layout.notes), dict(layout.parts)
         self._layout = layout
-        self._shards: dict[int, np.ndarray[Any, Any]] = {}
-        self._ids: np.ndarray[Any, Any] | None = None
+        self._shards: dict[int, NDArray[np.uint8]] = {}
+        self._ids: NDArray[np.int64] | None = None
 
     @classmethod
     def build(
@@ -212,7 +215,7 @@ class TeacherCache:
         self._check_finite(out, rows)
         return out
 
-    def _check_finite(self, features: Mapping[str, Tensor], rows: np.ndarray[Any, Any]) -> None:
+    def _check_finite(self, features: Mapping[str, Tensor], rows: NDArray[np.int64]) -> None:
         for name, x in features.items():
             # The sum of finite values can overflow, so the values are checked only if the sum is not finite.
             if not math.isfinite(float(x.sum())) and not torch.isfinite(x).all():
@@ -220,25 +223,26 @@ class TeacherCache:
                 view, position = divmod(int(rows[at]), self.samples)
                 sample = self._ids_at(np.asarray([position]))[0]
                 raise cache_error(
-                    f"{self.path} is damaged: feature {name!r} of sample {sample}, view {view} is not finite"
+                    f"{self.path} is damaged: feature {name!r} of sample {sample}, view {view} is not finite; build the cache "
+                    "again"
                 )
 
-    def _raw(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def _raw(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes of consecutive rows."""
         pieces = self._layout.pieces(start, stop)
         return np.concatenate([self._shard(shard)[at : at + count] for shard, at, count in pieces])
 
-    def _ids_at(self, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _ids_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         found = positions + self._layout.first if self._layout.dense else self._mapped_ids()[positions]
         return np.asarray(found, np.int64)
 
-    def _mapped_ids(self) -> np.ndarray[Any, Any]:
+    def _mapped_ids(self) -> NDArray[np.int64]:
         if self._ids is None:
             count = self._layout.samples
             self._ids = self._map(self.path / "samples.i64", np.dtype("<i8"), (count,), 8 * count)
         return self._ids
 
-    def _read_rows(self, rows: np.ndarray[Any, Any], names: list[str]) -> dict[str, Tensor]:
+    def _read_rows(self, rows: NDArray[np.int64], names: list[str]) -> dict[str, Tensor]:
         layout = self._layout
         shards = rows // layout.shard_rows
         inside = rows - shards * layout.shard_rows
@@ -252,7 +256,7 @@ class TeacherCache:
             content[here] = np.asarray(shard_rows).take(inside[here], axis=0)
         return unpack(layout, content, names)
 
-    def _rows(self, samples: np.ndarray[Any, Any], views: np.ndarray[Any, Any] | int) -> np.ndarray[Any, Any]:
+    def _rows(self, samples: NDArray[np.int64], views: NDArray[np.int64] | int) -> NDArray[np.int64]:
         layout = self._layout
         if layout.dense:
             position = samples - layout.first
@@ -270,10 +274,10 @@ class TeacherCache:
                 f"{self.path} has no sample {samples[at]}, view {view}; it has {layout.samples} samples"
                 f"{f' from {layout.first}' if layout.dense else ''}, views 0 to {layout.views - 1}"
             )
-        rows: np.ndarray[Any, Any] = views * layout.samples + position
+        rows: NDArray[np.int64] = views * layout.samples + position
         return rows
 
-    def _shard(self, shard: int) -> np.ndarray[Any, Any]:
+    def _shard(self, shard: int) -> NDArray[np.uint8]:
         """Return the bytes `(rows, row_bytes)` of one shard."""
         content = self._shards.get(shard)
         if content is None:
@@ -291,7 +295,7 @@ class TeacherCache:
             self._shards[shard] = content
         return content
 
-    def _map(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], size: int) -> np.ndarray[Any, Any]:
+    def _map(self, path: Path, dtype: np.dtype[S], shape: tuple[int, ...], size: int) -> NDArray[S]:
         try:
             check_size(path, size)
             return np.memmap(path, dtype, mode="r", shape=shape)
@@ -308,7 +312,7 @@ class TeacherCache:
         return f"TeacherCache.open({str(self.path)!r}, fingerprint={self.fingerprint!r})"
 
 
-def _ids(samples: int | Sequence[int] | Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _ids(samples: int | Sequence[int] | Tensor) -> NDArray[np.int64]:
     """Return the ids in ascending order."""
     if isinstance(samples, int):
         check_number("TeacherCache", "samples", samples, min=1, integer=True)
@@ -320,7 +324,7 @@ def _ids(samples: int | Sequence[int] | Tensor) -> np.ndarray[Any, np.dtype[np.i
     return ids
 
 
-def _whole(name: str, values: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _whole(name: str, values: Any) -> NDArray[np.int64]:
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     check_argument(
         array.ndim == 1 and (not len(array) or array.dtype.kind in "iu"),

@@ -116,8 +116,8 @@ def verify_cache(
     count, distances = 0, {}
     if teacher is not None and fetch is not None:
         count = min(recompute, layout.total)
-        rows = np.sort(np.random.default_rng(seed).choice(layout.total, count, replace=False))
-        distances = _recompute(cache, teacher, fetch, rows)
+        chosen = np.sort(np.random.default_rng(seed).choice(layout.total, count, replace=False))
+        distances = _recompute(cache, teacher, fetch, chosen)
     return CacheCheck(layout.total, layout.shards, count, distances)
 
 

@@ -22,6 +22,9 @@ def mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         Scalar in [-1, 1]; 0 for an empty batch. Zero rows are treated as orthogonal to everything (cosine 0).
 
+    Raises:
+        TypeError, ValueError: the sides are no floating-point matrices of the same shape.
+
     Examples:
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> mean_cosine(x, torch.tensor([[3.0, 0.0], [1.0, 0.0]]))
@@ -46,6 +49,9 @@ def top_agreement(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         Scalar in [0, 1]; 0 for an empty batch. Ties are broken by the first of the largest logits.
 
+    Raises:
+        TypeError, ValueError: the sides are no floating-point matrices of the same shape.
+
     Examples:
         >>> top_agreement(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([[5.0, 4.0], [1.0, 0.0]]))
         tensor(0.5000)
@@ -69,6 +75,9 @@ def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
 
     Returns:
         Scalar in [0, 1]; 0 where one side is constant.
+
+    Raises:
+        TypeError, ValueError: a side is no floating-point matrix, or the batch sizes differ.
 
     Examples:
         >>> x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kdlib._checks import (
+    check_batches,
     check_choice,
     check_dtype_whole,
     check_finite,
@@ -14,18 +15,20 @@ from kdlib._checks import (
     check_number,
     check_pair,
     check_rank,
+    check_relation_reduction,
     check_same_batch,
     check_shape,
     check_type,
+    check_weight,
     readable,
     show_shape,
 )  # fmt: skip
-from kdlib._layouts import grid_of, prefix_candidates, shown_layout, shown_prefix
+from kdlib._layouts import grid_of, shown_layout
 
 __all__ = [
-    "check_affine", "check_batch_limit", "check_batches", "check_channels", "check_classes", "check_gathered_reduction",
+    "check_affine", "check_batch_limit", "check_channels", "check_classes", "check_epoch", "check_gathered_reduction",
     "check_hidden", "check_layers", "check_layout", "check_layouts", "check_levels", "check_logits", "check_map",
-    "check_margin", "check_mask", "check_order", "check_prefix", "check_same_layers", "check_square", "check_trained",
+    "check_margin", "check_mask", "check_order", "check_relation", "check_same_layers", "check_square", "check_trained",
     "no_second_derivative",
 ]  # fmt: skip
 
@@ -65,21 +68,6 @@ def check_layouts(owner: str, **layouts: str | None) -> None:
 def check_map(owner: str, name: str, x: Tensor, layout: str | None, argument: str = "layout") -> Tensor:
     """Return a feature map with channels first, from the layout `"bchw"` or `"bhwc"` or one that its shape shows."""
     return x.movedim(3, 1) if check_layout(owner, name, x, layout, argument, ("bchw", "bhwc")) == "bhwc" else x
-
-
-def check_prefix(owner: str, name: str, x: Tensor, given: int | None, argument: str, positions: Sequence[int]) -> int:
-    """Return how many leading tokens of `x` (b, n, d) are not on the grid: `given`, or the number that shapes show."""
-    if given is not None:
-        check_number(owner, argument, given, min=0, below=max(x.shape[1], 1), integer=True)
-        return given
-    shown = shown_prefix(x.shape[1], positions)
-    if shown is None:
-        few = " or ".join(map(str, prefix_candidates(x.shape[1], positions))) or "an unknown number of"
-        raise ValueError(
-            f"{owner}: {name} {show_shape(x)} may have {few} tokens (class token, registers) before those of the grid; "
-            f"give {argument}= (0 if all are on the grid)"
-        )
-    return shown
 
 
 def check_square(owner: str, name: str, tokens: int) -> tuple[int, int]:
@@ -234,6 +222,13 @@ def check_same_layers(owner: str, students: Sequence[int], teachers: Sequence[in
         )
 
 
+def check_relation(owner: str, student: Tensor, teacher: Tensor, reduction: str, weight: Tensor | None) -> None:
+    """A relation loss compares two batches of equal length, of any feature shape, and returns one value per batch."""
+    check_relation_reduction(owner, reduction)
+    check_batches(owner, "b d ...", student=student, teacher=teacher)
+    check_weight(owner, weight, student.shape[0])
+
+
 def check_layers(
     owner: str, students: object, student_channels: Sequence[int], teachers: object, teacher_channels: Sequence[int]
 ) -> None:
@@ -281,7 +276,7 @@ def check_trained(owner: str, trained: bool) -> None:
         )
 
 
-def check_batches(owner: str, epoch: int, batches: int) -> None:
+def check_epoch(owner: str, epoch: int, batches: int) -> None:
     """An epoch must have batches."""
     if not batches:
         raise ValueError(

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kdlib._checks import check_relation, readable
+from kdlib._checks import readable
 from kdlib._gather import gather_rows
 from kdlib._maths import finite_weight, promote, relative_weight, rescale
-from kdlib.losses._checks import no_second_derivative
+from kdlib.losses._checks import check_relation, no_second_derivative
 
 __all__ = [
     "add_distance_gradient", "cosine_distances", "cosine_gradient", "one_batch", "power_of_two", "squared_distances",

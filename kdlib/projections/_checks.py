@@ -1,14 +1,13 @@
 """Shape checks of projections."""
 
-from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from kdlib._checks import check_choice, check_number, check_rank, show_shape
-from kdlib._layouts import grid_of, prefix_candidates, shown_layout, shown_prefix
+from kdlib._checks import check_choice, check_rank, show_shape
+from kdlib._layouts import grid_of, shown_layout
 
 LAYOUTS = ("bd", "bchw", "bhwc", "bnd")
 
@@ -51,22 +50,6 @@ def check_projectable(owner: str, layouts: tuple[str, str], student: Tensor, tea
             f"same kind, a map and tokens, or a student map and a teacher vector; got {show_shape(student)} and "
             f"{show_shape(teacher)}; give a projection of your own"
         )
-
-
-def check_prefix(owner: str, name: str, x: Tensor, given: int | None, positions: Sequence[int] = ()) -> int:
-    """Return how many leading tokens of `x` (b, n, d) are not on the grid: `given`, or the number that shapes show."""
-    argument = f"{name}_prefix_tokens" if owner == "infer_projection" else "prefix_tokens"
-    if given is not None:
-        check_number(owner, argument, given, min=0, below=max(x.shape[1], 1), integer=True)
-        return given
-    shown = shown_prefix(x.shape[1], positions)
-    if shown is None:
-        few = " or ".join(map(str, prefix_candidates(x.shape[1], positions))) or "an unknown number of"
-        raise ValueError(
-            f"{owner}: {name} {show_shape(x)} may have {few} tokens (class token, registers) before those of the grid; "
-            f"give {argument}= (0 if all are on the grid)"
-        )
-    return shown
 
 
 def check_counterparts(owner: str, student: int, teacher: int) -> None:

@@ -7,12 +7,11 @@ from einops import rearrange
 from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
-from kdlib._checks import check_floating
+from kdlib._checks import check_floating, check_prefix
 from kdlib._layouts import possible_positions
 from kdlib.projections._checks import (
     check_counterparts,
     check_layout,
-    check_prefix,
     check_projectable,
     check_token_grid,
 )
@@ -146,8 +145,8 @@ def _token_projection(
     # The teacher's tokens are those of its map if `size` is given, the student's those of its map if `grid` is.
     of_teacher = possible_positions(teacher.shape[1], teacher_prefix)
     of_student = possible_positions(student.shape[1], prefix)
-    prefix = check_prefix(owner, "student", student, prefix, of_teacher)
-    teacher_prefix = check_prefix(owner, "teacher", teacher, teacher_prefix, of_student)
+    prefix = check_prefix(owner, "student", student, prefix, "student_prefix_tokens", of_teacher)
+    teacher_prefix = check_prefix(owner, "teacher", teacher, teacher_prefix, "teacher_prefix_tokens", of_student)
     check_counterparts(owner, prefix, teacher_prefix)
     class_token: Literal["none", "keep", "first", "drop", "mean"] = "keep" if prefix else "none"
     if prefix != teacher_prefix:

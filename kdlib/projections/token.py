@@ -6,9 +6,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from kdlib._checks import check_choice, check_floating, check_number, check_shape
+from kdlib._checks import check_choice, check_floating, check_number, check_prefix, check_shape
 from kdlib._repr import CallRepr
-from kdlib.projections._checks import check_grid, check_prefix, check_token_grid
+from kdlib.projections._checks import check_grid, check_token_grid
 from kdlib.projections._grid import resize
 
 __all__ = ["TokenProjection"]
@@ -76,7 +76,7 @@ class TokenProjection(CallRepr):
             leading = 1
         elif leading is None and (self.size is None or self.grid is not None):
             leading = 0
-        leading = check_prefix("TokenProjection", "student", student, leading)
+        leading = check_prefix("TokenProjection", "student", student, leading, "prefix_tokens")
         tokens = student[:, leading:]
         kept = {"drop": student[:, :0], "first": student[:, : min(leading, 1)]}.get(
             self.class_token, student[:, :leading]

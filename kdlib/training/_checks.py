@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from kdlib._checks import check_callable, check_choice, check_type, nearest
 from kdlib.training.events import CheckpointError, TrainingDiverged
 
+ACCELERATORS = ("cuda", "mps", "xpu")
+"""Kinds of devices of which torch knows whether this machine has them."""
+
 
 def check_argument(good: bool, message: str, *, owner: str = "train") -> None:
     """A condition on an argument must hold."""
@@ -69,6 +72,7 @@ class ErrorReport(NamedTuple):
 
     kind: str
     message: str
+    notes: tuple[str, ...]
     divergence: DivergenceFields | None
 
 
@@ -77,7 +81,8 @@ def describe_error(error: Exception) -> ErrorReport:
     fields: DivergenceFields | None = None
     if isinstance(error, TrainingDiverged):
         fields = {"step": error.step, "epoch": error.epoch, "terms": error.terms, "samples": error.samples}
-    return ErrorReport(type(error).__name__, str(error), fields)
+    notes: Sequence[str] = getattr(error, "__notes__", ())  # absent until the first note is added
+    return ErrorReport(type(error).__name__, str(error), tuple(notes), fields)
 
 
 def received_error(rank: int, report: ErrorReport) -> Exception:
@@ -89,7 +94,8 @@ def received_error(rank: int, report: ErrorReport) -> Exception:
         kinds = (ValueError, TypeError, IndexError, RuntimeError, OSError, CheckpointError)
         kind = {each.__name__: each for each in kinds}.get(report.kind)
         error = RuntimeError(f"{report.kind}: {report.message}") if kind is None else kind(report.message)
-    error.add_note(f"This error was raised in process {rank}.")
+    for note in (*report.notes, f"This error was raised in process {rank}."):
+        error.add_note(note)
     return error
 
 
@@ -99,6 +105,17 @@ def check_device(owner: str, device: object) -> None:
         torch.device("cpu" if device is None else device)  # type: ignore[call-overload]  # checked here
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{owner}: device must be a torch.device, its name or None, got {device!r}") from error
+
+
+def check_available(device: torch.device) -> None:
+    """The accelerator must be one that torch can use on this machine."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device.type in ACCELERATORS and (found is None or found.type != device.type):
+        usable = "no accelerator" if found is None else found.type
+        raise ValueError(
+            f"train: device must be available, got {device}, but torch {torch.__version__} finds {usable} on this machine; "
+            "install its driver and a build of torch for it, or pass device=None"
+        )
 
 
 def check_train(distiller: object, loader: object, hooks: object) -> None:
@@ -123,8 +140,7 @@ def diverged(
     samples: tuple[int, ...] = (),
 ) -> TrainingDiverged:
     """Return the error of a non-finite loss or weight; the message ends with the last good checkpoint."""
-    kept = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint"
-    return TrainingDiverged(f"train: {problem}; {kept}", step=step, epoch=epoch, terms=terms, samples=samples)
+    return TrainingDiverged(f"train: {problem}; {_kept(newest)}", step=step, epoch=epoch, terms=terms, samples=samples)
 
 
 def check_evaluation(
@@ -165,6 +181,23 @@ def read_metrics(result: object, monitor: str | None, step: int) -> dict[str, fl
     if monitor is not None and monitor not in plain:
         raise ValueError(f"train: evaluate must return the monitored metric {monitor!r}{nearest(monitor, plain)}")
     return plain
+
+
+def note_batch(
+    error: Exception, batch: int, epoch: int, samples: tuple[int, ...], process: str, newest: Path | None
+) -> None:
+    """Add to an error of the forward pass the batch in which it occurred, and the last good checkpoint."""
+    error.add_note(f"in batch {batch} of epoch {epoch}{process}{listed(samples)}; {_kept(newest)}")
+
+
+def listed(samples: tuple[int, ...]) -> str:
+    """Return sample ids in parentheses for a message, the first 32 of many; empty without any."""
+    shown = ", ".join(map(str, samples[:32])) + (", ..." if len(samples) > 32 else "")
+    return f" (samples {shown})" if samples else ""
+
+
+def _kept(newest: Path | None) -> str:
+    return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint"
 
 
 def batch_of_one(batch: int, epoch: int, size: int, process: str) -> ValueError:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -38,8 +38,19 @@ _PLACES = (
 )
 """Fields that do not change the weights of a step, so a run may be resumed with other values."""
 
-_COUNT = {"min": 1, "integer": True}
-_BOUNDS: dict[str, dict[str, Any]] = {
+
+class _Bounds(TypedDict, total=False):
+    """Limits of a number, as `check_number` takes them."""
+
+    above: float
+    min: float
+    max: float
+    below: float
+    integer: bool
+
+
+_COUNT: _Bounds = {"min": 1, "integer": True}
+_BOUNDS: dict[str, _Bounds] = {
     **dict.fromkeys(("epochs", "max_steps", "accumulate", "checkpoint_every_steps", "keep", "log_every"), _COUNT),
     **dict.fromkeys(("evaluate_every", "patience"), _COUNT),
     "lr": {"above": 0},
@@ -195,7 +206,7 @@ class TrainConfig:
         return {name: _plain(getattr(self, name)) for name in names}
 
 
-def _plain(value: Any) -> int | float | str | bool | None:
+def _plain(value: object) -> int | float | str | bool | None:
     if value is None or isinstance(value, (int, float, str)):
         return value
     name = getattr(value, "__qualname__", None)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 _LENGTH = ("epochs", "max_steps", "total_steps")
-"""A run may go on for more steps, with the same values up to its checkpoint."""
+"""A run may continue for more steps, with the same values up to its checkpoint."""
 
 _OPENED = ("monitor", "mode")
 """A run without these may be resumed with them."""

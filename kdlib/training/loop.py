@@ -10,7 +10,7 @@ import torch
 from kdlib._checks import check_type
 from kdlib.adapters import TeacherAdapter
 from kdlib.distiller import Distiller
-from kdlib.training._checks import check_argument, check_train
+from kdlib.training._checks import check_argument, check_available, check_train
 from kdlib.training.batches import batch_size, splitter
 from kdlib.training.checkpoint import CheckpointStore
 from kdlib.training.config import TrainConfig
@@ -56,7 +56,7 @@ def train(
     Returns:
         The result. The distiller contains the final weights and is in eval mode; `result.best` contains the best ones. For
         a finished run, the same result is returned immediately, unless `config` has more `epochs` or `max_steps`: then it
-        goes on, with the learning-rate schedule of the new length.
+        continues, with the learning-rate schedule of the new length.
 
     Raises:
         TrainingDiverged: The loss is NaN or infinite. The weights are those before the step, and checkpoints are kept;
@@ -222,6 +222,7 @@ def _place(distiller: Distiller, config: TrainConfig) -> torch.device:
     """Move the distiller to the device of `config`; return the device."""
     current = next((p.device for p in distiller.parameters() if p.requires_grad), torch.device("cpu"))
     device = current if config.device is None else torch.device(config.device)
+    check_available(device)
     if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())
     distiller.to(device)

@@ -34,7 +34,7 @@ from kdlib.training.sharded.store import check_shards, insert_shards, write_step
 from kdlib.training.signals import DeferredSignals
 from kdlib.training.stream import BatchStream, Position, Shardable
 
-__all__ = ["Run", "private_randomness", "random_state"]
+__all__ = ["Run", "private_randomness", "random_state", "set_random_state"]
 
 _log = logging.getLogger("kdlib.training")
 
@@ -120,7 +120,7 @@ class Run:
     def seek(self, position: Position) -> None:
         """Return to a position."""
         self.stream.load_state_dict(position["stream"])
-        random_state(self.device, position["rng"])
+        set_random_state(self.device, position["rng"])
 
     def update(self, last: StepValues) -> None:
         """Apply the accumulated gradients; `last` contains the values of the step."""
@@ -176,7 +176,7 @@ class Run:
                 for module, mode in modes:
                     module.training = mode
                 self.stream.set_random_states(states)
-                random_state(self.device, rng)
+                set_random_state(self.device, rng)
 
     def _improves(self, metrics: dict[str, float]) -> bool:
         """Compare the monitored metric with the best so far; a tie is no improvement."""
@@ -295,7 +295,7 @@ class Run:
             "ema": lambda: self.ema and self.ema.load_state_dict(state["ema"] or {}),
             "evaluations": lambda: self.evaluations.extend(Evaluation(**row) for row in state["evaluations"]),
             "stream": lambda: self.stream.load_state_dict(state["stream"][place]),
-            "rng": lambda: random_state(self.device, state["rng"][place], rank - place),
+            "rng": lambda: set_random_state(self.device, state["rng"][place], rank - place),
         }
         for name in names:
             try:
@@ -333,14 +333,16 @@ def private_randomness(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def random_state(device: torch.device, state: dict[str, Tensor] | None = None, offset: int = 0) -> dict[str, Tensor]:
-    """Return the state of the default generators, after setting it to `state` if given, or to another one for an offset."""
-    cuda = device.type == "cuda"
-    if state is not None:
-        torch.default_generator.set_state(state["cpu"])
-        if cuda and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], device)
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Return the state of the default generators."""
+    state = {"cpu": torch.default_generator.get_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def set_random_state(device: torch.device, state: dict[str, Tensor], offset: int = 0) -> None:
+    """Set the state of the default generators; an `offset` other than 0 gives another one, which depends on `state`."""
+    torch.default_generator.set_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
     if offset:
         torch.manual_seed(int(torch.randint(2**31, ())) + offset)
-    current = {"cpu": torch.default_generator.get_state()}
-    return {**current, "cuda": torch.cuda.get_rng_state(device)} if cuda else current

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdlib.objective import ObjectiveOutput
-from kdlib.training._checks import batch_of_one, diverged
+from kdlib.training._checks import batch_of_one, diverged, listed, note_batch
 from kdlib.training.batches import batch_size, sample_ids, to_device
 from kdlib.training.checkpoint import CheckpointStore
 from kdlib.training.config import TrainConfig
@@ -87,10 +87,11 @@ def accumulate(
                 try:
                     output = forward(inputs, targets, step=run.step)
                 except Exception as error:
-                    if _TOO_FEW not in str(error):
-                        raise
                     process = f" of process {processes.rank}" if processes.count > 1 else ""
-                    raise batch_of_one(first + index, epoch, batch_size(inputs), process) from error
+                    if _TOO_FEW in str(error):
+                        raise batch_of_one(first + index, epoch, batch_size(inputs), process) from error
+                    note_batch(error, first + index, epoch, sample_ids([batch]), process, store.newest)
+                    raise
             packed = Readings.pack(output)
             values = packed if values is None else values + packed
             if left == 0:
@@ -106,18 +107,12 @@ def accumulate(
     bad = [(rank, *each) for rank, each in enumerate(found) if not isfinite(each[0])] or [(0, *found[0])]
     problem = f"loss must be finite, got {bad[0][1]} at step {run.step + 1}, epoch {epoch}, "
     problem += " and ".join(
-        f"{batches} of the epoch"
-        f"{f' of process {rank}' if processes.count > 1 else ''}"
-        f"{f' (samples {_listed(samples)})' if samples else ''}"
+        f"{batches} of the epoch{f' of process {rank}' if processes.count > 1 else ''}{listed(samples)}"
         for rank, _, batches, samples in bad
     )
     problem += f"; terms {', '.join(f'{name}={x:.6g}' for name, x in terms.items())}"
     samples = tuple(sample for *_, each in bad for sample in each)
     raise diverged(problem, terms, step=run.step + 1, epoch=epoch, newest=store.newest, samples=samples)
-
-
-def _listed(samples: tuple[int, ...]) -> str:
-    return ", ".join(map(str, samples[:32])) + (", ..." if len(samples) > 32 else "")
 
 
 def moved(batch: Batch, device: torch.device, config: TrainConfig) -> Batch:

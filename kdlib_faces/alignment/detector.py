@@ -4,11 +4,13 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError, show_name
+from kdlib_faces._hardware import CPU
 from kdlib_faces.alignment.decode import (
     STRIDES,
     Array,
@@ -20,7 +22,7 @@ from kdlib_faces.alignment.decode import (
     suppress_overlaps,
 )
 from kdlib_faces.teachers.onnx.graph import file_errors, read_graph
-from kdlib_faces.teachers.onnx.runtime import make_session, run
+from kdlib_faces.teachers.onnx.runtime import make_session, providers_for, run
 
 __all__ = ["DetectedFace", "FaceDetector"]
 
@@ -65,6 +67,7 @@ class FaceDetector:
             it is free. Smaller faces are found with a larger input, in more time.
         min_score: Lower limit of the score.
         threads: Threads of onnxruntime; None takes as many as torch uses.
+        device: Device on which onnxruntime runs the network.
 
     Attributes:
         kind: `"yunet"` or `"scrfd"`.
@@ -72,7 +75,7 @@ class FaceDetector:
         sha256: Digest of the file.
 
     Raises:
-        InputError: The file is not such a detector.
+        InputError: The file is not such a detector, or this onnxruntime does not run on the device.
 
     Examples:
         >>> FaceDetector("no_such.onnx")
@@ -87,6 +90,7 @@ class FaceDetector:
         size: int | None = None,
         min_score: float = 0.6,
         threads: int | None = None,
+        device: torch.device = CPU,
     ) -> None:
         if (
             size is not None
@@ -120,7 +124,7 @@ class FaceDetector:
         self.kind: DetectorKind = "yunet" if set(self._outputs) == YUNET_OUTPUTS else "scrfd"
         self._graph = graph
         with file_errors(graph.path):
-            self._session = make_session(graph, self._outputs, threads=threads)
+            self._session = make_session(graph, self._outputs, threads=threads, providers=providers_for(device))
             outputs = self._run(np.zeros((height, width, 3), np.uint8))
             self._names = scrfd_outputs(outputs, self.sides) if self.kind == "scrfd" else {}
             self._decode(outputs)

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from kdlib._checks import check_choice, check_number
 from kdlib_faces._checks import InputError
+from kdlib_faces._hardware import CPU
 from kdlib_faces.alignment.detector import DetectedFace, FaceDetector
 from kdlib_faces.data.alignment import align_face, similarity_transform, template_for
 from kdlib_faces.data.image_files import open_rgb
@@ -113,15 +115,18 @@ class PhotographAligner:
         detector: The `.onnx` file of the detector.
         config: The settings.
         threads: Threads of the detector; None takes as many as torch uses.
+        device: Device of the detector.
 
     Raises:
-        InputError: The file is not a detector.
+        InputError: The file is not a detector, or this onnxruntime does not run on the device.
     """
 
-    def __init__(self, detector: Path, config: AlignConfig, threads: int | None = None) -> None:
+    def __init__(
+        self, detector: Path, config: AlignConfig, *, threads: int | None = None, device: torch.device = CPU
+    ) -> None:
         self.config = config
         self.detector = FaceDetector(
-            detector, size=config.detector_size, min_score=config.min_score, threads=threads
+            detector, size=config.detector_size, min_score=config.min_score, threads=threads, device=device
         )  # fmt: skip
 
     def __call__(self, path: Path) -> tuple[AlignedPhotograph, list[bytes]]:

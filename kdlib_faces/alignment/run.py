@@ -13,16 +13,20 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+import torch
+
 from kdlib._atomic import atomic_write
 from kdlib._checks import check_choice, check_number
 from kdlib_faces._checks import InputError, show_name
+from kdlib_faces._hardware import CPU
 from kdlib_faces._output import check_output, locked
 from kdlib_faces._processes import end_with_parent, sigterm_exits
 from kdlib_faces.alignment.manifest import MANIFEST, Manifest, PhotographState, open_manifest
 from kdlib_faces.alignment.photographs import AlignConfig, AlignedPhotograph, PhotographAligner
 from kdlib_faces.alignment.tables import DOUBTFUL, FACES, SHEET, Photograph, write_tables
 from kdlib_faces.config import walk_settings
-from kdlib_faces.data.image_files import scan_folder
+from kdlib_faces.data.image_files import describe_skipped, describe_suffixes, scan_folder
+from kdlib_faces.data.lists import warn
 from kdlib_faces.progress import progress as show_progress
 from kdlib_faces.progress import say
 
@@ -63,13 +67,15 @@ def align_photos(
     workers: int = 1,
     progress: bool = False,
     on_error: Literal["stop", "skip"] = "stop",
+    device: torch.device = CPU,
 ) -> AlignResult:
     """Detect the faces of a folder of photographs and write aligned crops, in the same folders.
 
     `output` then contains the crops; `faces.csv`, a face list with a row for each crop: path, identity (the first folder below
     `photographs`), source, score, number of faces found, box and five points; `doubtful.csv`, the photographs and crops that
     need a look, with the reason; `doubtful.png`, the first of them as pictures; and `manifest.jsonl`, from which an interrupted
-    run goes on. Another run with the same settings only processes photographs that are new, changed, or lack their crop.
+    run continues. Files that are no images are counted and named in a warning. Another run with the same settings only processes
+    photographs that are new, changed, or lack their crop.
 
     With `several="all"`, only the largest face of a photograph has the identity of the folder; that of the others is empty.
 
@@ -82,6 +88,7 @@ def align_photos(
         progress: Show progress.
         on_error: `"skip"` leaves out files that cannot be read, and lists them in `doubtful.csv`; `"stop"` is an error after
             all others are done.
+        device: Device of the detector; each process has a session of its own on it.
 
     Returns:
         Counts, and the path of `faces.csv`.
@@ -103,7 +110,9 @@ def align_photos(
     check_choice("align", "on_error", on_error, ("stop", "skip"))
     source, target = Path(photographs), Path(output)
     plan = _plan(source, target, config)
-    aligner = PhotographAligner(Path(detector), config)  # so that a wrong file is an error before anything is written
+    aligner = PhotographAligner(
+        Path(detector), config, device=device
+    )  # so that a wrong file is an error before anything is written
     check_output(target, FACES, DOUBTFUL, SHEET, MANIFEST)
     _check_folders(plan, target)
     settings = {name: repr(value) for name, value in walk_settings(config) if name not in SHARED}
@@ -112,7 +121,7 @@ def align_photos(
         missing = [photograph for photograph in plan if not _is_done(photograph, manifest, target)]
         if len(missing) < len(plan):
             say(f"align: {len(plan) - len(missing):,} of {len(plan):,} photographs are done", quiet=not progress)
-        results = _align(missing, aligner) if workers == 1 else _align_in_processes(missing, aligner, workers)
+        results = _align(missing, aligner) if workers == 1 else _align_in_processes(missing, aligner, workers, device)
         with closing(results):
             shown = show_progress(results, "photographs", total=len(missing), quiet=not progress)
             for photograph, state, found, images in shown:
@@ -126,9 +135,10 @@ def _plan(source: Path, output: Path, config: AlignConfig) -> list[Photograph]:
     """The photographs with the names of their crops, which keep the name of the photograph where it is unique."""
     if output.resolve().is_relative_to(source.resolve()):
         raise InputError(f"align: the output {output} must not be in the folder of photographs, {source}")
-    files, _ = scan_folder(source)
+    files, others = scan_folder(source)
     if not files:
-        raise InputError(f"{source}: no images found")
+        raise InputError(f"{source}: no images found{f' among {describe_suffixes(others)}' if others else ''}")
+    warn(describe_skipped(source, others))
     counts: dict[str, int] = {}
     for file in files:
         counts[str(file.with_suffix("")).casefold()] = counts.get(str(file.with_suffix("")).casefold(), 0) + 1
@@ -177,9 +187,9 @@ def _align(photographs: Sequence[Photograph], aligner: PhotographAligner) -> Gen
 
 
 def _align_in_processes(
-    photographs: Sequence[Photograph], aligner: PhotographAligner, workers: int
+    photographs: Sequence[Photograph], aligner: PhotographAligner, workers: int, device: torch.device
 ) -> Generator[_Result, None, None]:
-    arguments = (aligner.detector.path, aligner.config)
+    arguments = (aligner.detector.path, aligner.config, device)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, arguments)
     try:
         for photograph, state, future in _submit(pool, photographs, QUEUED * workers):
@@ -212,9 +222,9 @@ _ALIGNERS: list[PhotographAligner] = []
 """The aligner of a worker process."""
 
 
-def _start_worker(detector: Path, config: AlignConfig) -> None:
+def _start_worker(detector: Path, config: AlignConfig, device: torch.device) -> None:
     end_with_parent()
-    _ALIGNERS.append(PhotographAligner(detector, config, threads=1))
+    _ALIGNERS.append(PhotographAligner(detector, config, threads=1, device=device))
 
 
 def _work(path: Path) -> tuple[AlignedPhotograph, list[bytes]]:

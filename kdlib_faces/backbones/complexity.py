@@ -128,7 +128,17 @@ def latency_ms(model: nn.Module, input_size: InputSize, *, batch: int = 1, repea
 
 @dataclass(frozen=True)
 class BackboneRow:
-    """One row of the table of backbones: counts at 112 pixels."""
+    """One row of the table of backbones: counts at 112 pixels.
+
+    Attributes:
+        name: Name in the registry, or that of the paper's network.
+        embedding_dim: Dimensions of the embedding.
+        input_size: Side of the images, or (height, width), in pixels.
+        parameters: Number of parameters.
+        trainable: Number of those with a gradient.
+        macs: Multiply-adds for one image.
+        state_keys: Number of entries of the state dict.
+    """
 
     name: str
     embedding_dim: int

@@ -43,7 +43,7 @@ class CacheConfig:
         decoders: threads that decode images.
         shard_bytes: maximum size of a file.
         sync_seconds: seconds between flushes to disk.
-        input: what is stated about the images that the teacher takes.
+        input: input options of the teacher, which override what its file implies.
         amp: precision of the forward pass: `"none"`, `"bfloat16"` or `"float16"`.
         compile: compile the teacher by `torch.compile`; not for ONNX graphs.
     """
@@ -150,7 +150,7 @@ def _build(
         views,
         size=size,
         decoders=decoders,
-        images=config.input,
+        input_options=config.input,
         on_error=on_error,
         device=device,
         amp=config.amp,
@@ -183,6 +183,7 @@ def verify(
     rows: int = 64,
     decoders: int = 2,
     progress: bool = True,
+    device: torch.device = CPU,
 ) -> CacheCheck:
     """Check every byte of a cache; with lists and teacher, also its fingerprint and some recomputed rows.
 
@@ -193,6 +194,7 @@ def verify(
         rows: number of rows to recompute.
         decoders: threads that decode images.
         progress: show progress.
+        device: device of the teacher.
 
     Raises:
         InputError: the lists or the teacher cannot be used, or only one of them is given.
@@ -204,7 +206,7 @@ def verify(
     with progress_to("checking", quiet=not progress) as show:
         if teacher is None:
             return verify_cache(cache, progress=show)
-        views, taps, size, images, amp = _build_options(cache)
+        views, taps, size, input_options, amp = _build_options(cache)
         views.check_version(f"cache verify: {path}")
         source = CacheSource(
             read_faces(data, on_error="keep", unlabeled=True),
@@ -213,12 +215,13 @@ def verify(
             views,
             size=size,
             decoders=decoders,
-            images=images,
+            input_options=input_options,
             on_error="skip",
+            device=device,
             amp=amp,
         )
         TeacherCache.open(path, fingerprint=source.fingerprint)
-        with autocast(CPU, amp):
+        with autocast(device, amp):
             return verify_cache(cache, teacher=source.model, fetch=source.fetch, recompute=rows, progress=show)
 
 

@@ -84,13 +84,13 @@ class CacheSource:
         *,
         size: int,
         decoders: int,
-        images: InputOptions,
+        input_options: InputOptions,
         on_error: Literal["stop", "skip"] = "stop",
         device: torch.device = CPU,
         amp: Amp = "none",
     ) -> None:
         self.faces, self.views = faces, views
-        self.model, self.size, parts, taps = _teacher(path, taps, size, images, device)
+        self.model, self.size, parts, taps = _teacher(path, taps, size, input_options, device)
         self._images = FaceImages(faces.images, self.size, threads=decoders, on_error=on_error)
         warn(describe_far_sizes(faces.images, self.size))
         self.fingerprint = Fingerprint(
@@ -105,7 +105,7 @@ class CacheSource:
             "size": str(self.size),
             "taps": json.dumps(dict(taps)),
             "views": views.to_text(),
-            "input": str(images),
+            "input": str(input_options),
             "amp": amp,
         }
 
@@ -119,21 +119,25 @@ class CacheSource:
 
 
 def _teacher(
-    path: Path, taps: Mapping[str, str], size: int, images: InputOptions, device: torch.device
+    path: Path, taps: Mapping[str, str], size: int, input_options: InputOptions, device: torch.device
 ) -> tuple[nn.Module, int, Fingerprint, dict[str, str]]:
     """Return the teacher, its input size, the first two parts of its fingerprint, and its resolved taps."""
     if not path.is_file():
         raise InputError(f"cache: teacher {path} {'is not a file' if path.exists() else 'does not exist'}")
     if path.suffix == ".onnx":
         taps = {
-            feature: str(onnx_taps(str(path), STAGES.index(name), images.layout)["map"]) if name in STAGES else name
+            feature: str(onnx_taps(str(path), STAGES.index(name), input_options.layout)["map"])
+            if name in STAGES
+            else name
             for feature, name in taps.items()
         }
-        not_square = isinstance(read_graph(path, images.layout).input_size, tuple)
-        graph = open_onnx(path, {"embedding": None, **taps}, images=images, resize=not_square, device=device)
+        not_square = isinstance(read_graph(path, input_options.layout).input_size, tuple)
+        graph = open_onnx(
+            path, {"embedding": None, **taps}, input_options=input_options, resize=not_square, device=device
+        )
         own = graph.input_size or size
         return graph, own if isinstance(own, int) else max(own), Fingerprint(graph.fingerprint, "onnx", ""), taps
-    network = load_network(path, images)
+    network = load_network(path, input_options)
     taps = {feature: network.stages[STAGES.index(name)] if name in STAGES else name for feature, name in taps.items()}
     try:
         adapter = TeacherAdapter(network, {"embedding": OUTPUT, **taps}, preprocess=network.input_spec)

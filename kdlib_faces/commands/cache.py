@@ -5,7 +5,7 @@ from argparse import Namespace
 from kdlib_faces._checks import InputError
 from kdlib_faces._hardware import find_hardware
 from kdlib_faces.caching.build import CacheConfig, build, describe_check, info, verify
-from kdlib_faces.commands._options import precision
+from kdlib_faces.commands._options import one_process, precision
 from kdlib_faces.config import load_config
 from kdlib_faces.progress import say
 from kdlib_faces.teachers.input_options import inputs_of_models
@@ -18,8 +18,9 @@ def main(options: Namespace, command: str) -> None:
     progress = not options.quiet
     if options.action == "verify":
         check = verify(
-            options.directory, data=options.data, teacher=options.teacher, rows=options.rows, progress=progress
-        )
+            options.directory, data=options.data, teacher=options.teacher, rows=options.rows, progress=progress,
+            device=one_process("cache verify", options.device).device,
+        )  # fmt: skip
         print(describe_check(check))
         return
     if options.action == "build":

@@ -3,9 +3,8 @@
 from argparse import Namespace
 
 from kdlib_faces._checks import InputError
-from kdlib_faces._hardware import find_hardware
 from kdlib_faces._output import locked, swept
-from kdlib_faces.commands._options import precision
+from kdlib_faces.commands._options import one_process, precision
 from kdlib_faces.config import load_config
 from kdlib_faces.demo.config import DemoConfig, faces_config, start_config, unused_settings
 from kdlib_faces.demo.run import run
@@ -24,9 +23,7 @@ def main(options: Namespace, command: str) -> None:
     `--steps` is `quick`, `full`, or the number of steps of each student; `--seed` is the first of `--seeds` seeds; `--set`
     overrides the TOML file `--config`. `--start` is that of the students on real faces.
     """
-    hardware = find_hardware(options.device)
-    if hardware.count > 1:
-        raise InputError("demo: runs in one process; start it without torchrun")
+    hardware = one_process("demo", options.device)
     values, steps, seed, start, base = list(options.settings), options.steps, options.seed or 0, None, DemoConfig()
     values[:0] = precision(options)
     if bool(options.faces) != bool(options.teacher):
@@ -54,5 +51,5 @@ def main(options: Namespace, command: str) -> None:
         run(
             config, output=options.output, faces=options.faces, teachers=options.teacher, taps=options.tap,
             inputs=options.input, start=start, seeds=range(seed, seed + options.seeds), progress=not options.quiet,
-            command=command, device=hardware.device,
+            command=command, device=hardware.device, workers=options.workers,
         )  # fmt: skip

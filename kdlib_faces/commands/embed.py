@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from kdlib._atomic import atomic_write
 from kdlib_faces._checks import InputError
-from kdlib_faces._hardware import Hardware, autocast, find_hardware
+from kdlib_faces._hardware import Hardware, autocast
 from kdlib_faces._output import check_output
+from kdlib_faces.commands._options import one_process
 from kdlib_faces.commands.photographs import faces_of_photographs
 from kdlib_faces.commands.thresholds import choose_threshold, read_evaluation
 from kdlib_faces.data.lists import read_faces
@@ -31,7 +32,7 @@ def main(options: Namespace, command: str) -> None:
     """Write the embeddings of images as `embeddings.npy` (n, d) of unit length, and `images.csv` with a row for each."""
     output: Path = options.output
     check_output(output, "embeddings.npy", "images.csv", "work")
-    hardware = _one_process("embed", options.device)
+    hardware = one_process("embed", options.device)
     model = _open(options, hardware)
     files = [path for path in map(Path, options.images) if path.is_file() and path.suffix.lower() != ".csv"]
     lists = [path for path in map(Path, options.images) if path not in files]
@@ -40,7 +41,7 @@ def main(options: Namespace, command: str) -> None:
             f"embed: --detector applies to single photographs, got {lists[0]}; make crops of a folder with kdlib-faces align"
         )
     faces = read_faces(lists, on_error=options.on_error, unlabeled=True) if lists else None
-    sets = [faces_of_photographs("images", files, options.detector, options.several)] if files else []
+    sets = [_photographs(files, options, hardware)] if files else []
     named = [(str(path), "") for path in files]
     if faces is not None:
         sets.append(images_of_source("faces", faces.images))
@@ -69,11 +70,9 @@ def main(options: Namespace, command: str) -> None:
 
 def compare(options: Namespace, command: str) -> None:
     """Print the cosine of two images and, where thresholds are known, whether they show the same identity."""
-    hardware = _one_process("compare", options.device)
+    hardware = one_process("compare", options.device)
     model = _open(options, hardware)
-    pair = faces_of_photographs(
-        "images", [Path(options.first), Path(options.second)], options.detector, options.several
-    )
+    pair = _photographs([Path(options.first), Path(options.second)], options, hardware)
     with autocast(hardware.device, options.amp or "none"):
         first, second = (_embedding(model, pair, row, options.flip, hardware.device) for row in range(2))
     score = float(first @ second)
@@ -92,16 +91,15 @@ def compare(options: Namespace, command: str) -> None:
     print(f"decision   {'same identity' if score > threshold else 'different identities'}")
 
 
-def _one_process(command: str, device: str | None) -> Hardware:
-    hardware = find_hardware(device)
-    if hardware.count > 1:
-        raise InputError(f"{command}: runs in one process; start it without torchrun")
-    return hardware
-
-
 def _open(options: Namespace, hardware: Hardware) -> OpenedModel:
-    (stated,) = inputs_of_models(options.input, 1)
-    return open_model(options.model, None, stated, device=hardware.device, compile=options.compile, quiet=options.quiet)
+    (input_options,) = inputs_of_models(options.input, 1)
+    return open_model(
+        options.model, None, input_options, device=hardware.device, compile=options.compile, quiet=options.quiet
+    )
+
+
+def _photographs(files: list[Path], options: Namespace, hardware: Hardware) -> ImageSet:
+    return faces_of_photographs("images", files, options.detector, options.several, hardware.device)
 
 
 def _protocol(thresholds: object) -> str:

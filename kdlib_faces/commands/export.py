@@ -45,22 +45,24 @@ def main(options: Namespace, command: str) -> None:
         raise InputError("export: --data and --evaluation apply to ONNX files, not to --format torch")
     if not 0 <= options.max_loss <= 1:
         raise InputError(f"export: --max-loss must be a fraction from 0 to 1, got {options.max_loss:g}")
-    (stated,) = inputs_of_models(options.input, 1)
+    (input_options,) = inputs_of_models(options.input, 1)
     faces = read_faces(options.data) if options.data else None
     evaluation = read_evaluation(options.evaluation, options.model) if options.evaluation else None
     losses: list[AccuracyLoss] = []
     with tempfile.TemporaryDirectory() as folder:
         check = None
         if faces is not None:
-            check = _gate(options.model, stated, faces, options.pairs, options.max_loss, Path(folder), losses, quiet)
+            check = _gate(
+                options.model, input_options, faces, options.pairs, options.max_loss, Path(folder), losses, quiet
+            )
         elif kind == "int8" or options.pairs:
             raise InputError(
                 "export: --data must be given: a list or folder of face crops like those of the application"
             )
         if kind == "torch":
-            export_program(load_network(options.model, stated), output, normalize=options.normalize)
+            export_program(load_network(options.model, input_options), output, normalize=options.normalize)
         else:
-            _export_onnx(options, stated, faces, evaluation, check, Path(folder))
+            _export_onnx(options, input_options, faces, evaluation, check, Path(folder))
     say(f"exported: {output}, {output.stat().st_size:,} bytes", quiet=quiet)
     loss = losses[0] if losses else None
     if loss is not None:
@@ -75,7 +77,7 @@ def main(options: Namespace, command: str) -> None:
 
 
 def _export_onnx(
-    options: Namespace, stated: InputOptions, faces: FaceList | None, evaluation: Evaluation | None,
+    options: Namespace, input_options: InputOptions, faces: FaceList | None, evaluation: Evaluation | None,
     check: Callable[[Path], None] | None, folder: Path,
 ) -> None:  # fmt: skip
     """Write the float graph, or make it in a temporary folder and convert it."""
@@ -86,7 +88,7 @@ def _export_onnx(
             raise InputError(f"export: {source} is an ONNX file already; --format int8 or float16 converts it")
         size = recognize_input(read_graph(source)).size
     else:
-        network = load_network(source, stated)
+        network = load_network(source, input_options)
         size = network.input_size
         metadata = {} if evaluation is None else {"thresholds": evaluation.thresholds}
         source = output if kind == "onnx" else folder / "float.onnx"
@@ -110,7 +112,7 @@ def _crops(faces: FaceList, size: int, count: int) -> Tensor:
 
 
 def _gate(
-    model: Path, stated: InputOptions, faces: FaceList, pairs: str | None, max_loss: float, work: Path,
+    model: Path, input_options: InputOptions, faces: FaceList, pairs: str | None, max_loss: float, work: Path,
     losses: list[AccuracyLoss], quiet: bool,
 ) -> Callable[[Path], None]:  # fmt: skip
     """The check that measures the loss of accuracy of a file and refuses it above `max_loss`."""
@@ -126,15 +128,15 @@ def _gate(
         built = PROTOCOLS["pairs"].build(spec, Settings(config, faces, images), "pairs")
         task = built[0]
 
-    def result(path: Path, images_stated: InputOptions, checked: EvaluationTask) -> PairResult:
-        opened = open_model(path, None, images_stated)
+    def result(path: Path, input_options: InputOptions, checked: EvaluationTask) -> PairResult:
+        opened = open_model(path, None, input_options)
         rows = {each.name: embed_set(opened, each, work, progress=not quiet) for each in checked.images}
         found = checked.evaluate(rows)
         assert isinstance(found, PairResult)
         return found
 
     def check(path: Path) -> None:
-        losses.append(check_loss(result(model, stated, task), result(path, InputOptions(), task), max_loss))
+        losses.append(check_loss(result(model, input_options, task), result(path, InputOptions(), task), max_loss))
 
     return check
 

@@ -61,7 +61,7 @@ def backbones() -> str:
     return "\n".join(lines)
 
 
-def file(path: Path, input_size: ImageSize | None = None, images: InputOptions = RECOGNIZED) -> str:
+def file(path: Path, input_size: ImageSize | None = None, input_options: InputOptions = RECOGNIZED) -> str:
     """Describe a file: an ONNX network, a checkpoint of ours or of a public project, a list, a `.bin` set or records.
 
     For a checkpoint: layout, wrapping, network, input, output, counts, taps, and all differences from the network. For images:
@@ -71,7 +71,7 @@ def file(path: Path, input_size: ImageSize | None = None, images: InputOptions =
         path: The file.
         input_size: Side of a checkpoint's images, or (height, width), where the file does not contain it; for images, the size
             that a network reads, by default 112.
-        images: What is stated about the images of a network.
+        input_options: Input options, which override what the file implies.
 
     Raises:
         InputError: The file is none of these, or damaged.
@@ -79,16 +79,16 @@ def file(path: Path, input_size: ImageSize | None = None, images: InputOptions =
     if not path.exists():
         raise InputError(f"{path}: file not found")
     if path.suffix == ".onnx":
-        return _describe_onnx(path, images)
+        return _describe_onnx(path, input_options)
 
     height = input_size[0] if isinstance(input_size, tuple) else input_size
     if (described := describe_data(path, height or 112)) is not None:
         return described
 
-    return describe_teacher(path, images) or _describe_checkpoint(path, input_size, images)
+    return describe_teacher(path, input_options) or _describe_checkpoint(path, input_size, input_options)
 
 
-def _describe_checkpoint(path: Path, input_size: ImageSize | None, images: InputOptions) -> str:
+def _describe_checkpoint(path: Path, input_size: ImageSize | None, input_options: InputOptions) -> str:
     info = describe_checkpoint(path, input_size=input_size)
     wrapping = [f"opened {' / '.join(info.wrappers)}"] if info.wrappers else []
     wrapping += [f"stripped {info.prefix!r}"] if info.prefix else []
@@ -98,7 +98,7 @@ def _describe_checkpoint(path: Path, input_size: ImageSize | None, images: Input
         "layout": f"{info.layout}: {info.about}",
         "wrapping": "; ".join(wrapping) or "none",
         "network": f"{info.backbone}: {info.network}",
-        "input": images.applied_to(info.input_spec).describe(),
+        "input": input_options.applied_to(info.input_spec).describe(),
         "output": f"(b, {info.embedding_dim}), {LENGTHS[info.input_spec.normalized]}",
         "parameters": f"{info.parameters:,}",
         "MACs": f"{info.macs:,}",
@@ -136,7 +136,7 @@ def parse_size(text: str | None) -> ImageSize | None:
 
 
 def taps(
-    path: Path, names: Sequence[str], input_size: ImageSize | None = None, images: InputOptions = RECOGNIZED
+    path: Path, names: Sequence[str], input_size: ImageSize | None = None, input_options: InputOptions = RECOGNIZED
 ) -> str:
     """Return the shapes of taps of a network file for one image, one line each; see `file` for the last two arguments.
 
@@ -146,7 +146,7 @@ def taps(
     if not path.exists():
         raise InputError(f"{path}: file not found")
     if path.suffix == ".onnx":
-        shapes = open_onnx(path, {name: name for name in names}, images=images).shapes
+        shapes = open_onnx(path, {name: name for name in names}, input_options=input_options).shapes
     else:
         model = load_teacher(path) if input_size is None else load_backbone(path, input_size=input_size)
         with torch.inference_mode():
@@ -157,24 +157,24 @@ def taps(
     return "\n".join(f"{name}  (b, {', '.join(map(str, shape))})" for name, shape in shapes.items())
 
 
-def _describe_onnx(path: Path, images: InputOptions) -> str:
-    info = describe_graph(path, images.layout)
-    spec = open_onnx(path, images=images).image_format
+def _describe_onnx(path: Path, input_options: InputOptions) -> str:
+    info = describe_graph(path, input_options.layout)
+    spec = open_onnx(path, input_options=input_options).image_format
     rows = {
         "inputs": info["inputs"],
         "outputs": info["outputs"],
         "opset": info["opset"],
         "embedding_dim": info["embedding_dim"],
         "input_size": info["input_size"],
-        "images": info["images"] if spec is None or images == RECOGNIZED else f"{spec.describe()} (stated)",
+        "images": info["images"] if spec is None or input_options == RECOGNIZED else f"{spec.describe()} (stated)",
         "parameters": f"{info['parameters']:,}",
         "MACs": f"{info['macs']:,}" if info["macs"] else "not countable",
     }
     lines = [f"{name:<14}{value}" for name, value in rows.items()]
-    suggested = set(suggest_taps(path, images.layout).values())
+    suggested = set(suggest_taps(path, input_options.layout).values())
     lines.append("taps (shape for one image; a * marks the last sum at its resolution):")
     lines += [
         f"  {'*' if tap.name in suggested else ' '} {tuple(tap.shape)!s:<20}{tap.op:<20}{tap.name}"
-        for tap in list_taps(path, images.layout)
+        for tap in list_taps(path, input_options.layout)
     ]
     return "\n".join(lines)

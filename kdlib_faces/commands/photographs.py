@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.alignment import AlignConfig
@@ -15,7 +16,11 @@ __all__ = ["faces_of_photographs"]
 
 
 def faces_of_photographs(
-    name: str, paths: Sequence[Path], detector: Path | None, several: Literal["refuse", "largest", "center"]
+    name: str,
+    paths: Sequence[Path],
+    detector: Path | None,
+    several: Literal["refuse", "largest", "center"],
+    device: torch.device,
 ) -> ImageSet:
     """The faces of photographs, aligned by the landmarks of a detector; without a detector, the images as they are.
 
@@ -24,6 +29,7 @@ def faces_of_photographs(
         paths: The photographs.
         detector: File of the detector, or None.
         several: Which of several faces is taken; `"refuse"` raises.
+        device: Device of the detector.
 
     Raises:
         InputError: A file cannot be read, or has no face, or several with `"refuse"`.
@@ -32,7 +38,7 @@ def faces_of_photographs(
     if detector is None:
         return plain
     config = AlignConfig(several=several)
-    aligner = PhotographAligner(detector, config)
+    aligner = PhotographAligner(detector, config, device=device)
     points = []
     for path in paths:
         found, _ = aligner(path)

@@ -141,8 +141,10 @@ class FaceBatches:
                 self._order = BalancedOrder(labels, batch_size, samples_per_identity, seed)
         if min_age_gap is not None:
             if samples_per_identity is None or identity_age is None:
+                given = {"samples_per_identity": samples_per_identity, "identity_age": identity_age}
+                absent = " and no ".join(name for name, value in given.items() if value is None)
                 raise ValueError(
-                    f"{owner}: min_age_gap must come with samples_per_identity and identity_age, got neither"
+                    f"{owner}: min_age_gap must come with samples_per_identity and identity_age, got no {absent}"
                 )
             years = columns[identity_age].numpy()
             self._order = CrossAgeOrder(labels, years, min_age_gap, batch_size, samples_per_identity, seed)

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from os import PathLike
@@ -19,6 +20,8 @@ from kdlib_faces.data.sources.base import ImageSource
 __all__ = [
     "decode_jpeg",
     "describe_far_sizes",
+    "describe_skipped",
+    "describe_suffixes",
     "image_size",
     "image_suffixes",
     "is_image",
@@ -94,6 +97,21 @@ def scan_folder(folder: Path) -> tuple[list[Path], list[Path]]:
     images = [file for file in files if is_image(file)]
     others = set(files).difference(images)
     return images, [file for file in files if file in others]
+
+
+def describe_skipped(folder: Path, others: Sequence[Path]) -> str:
+    """Return a note on the files of a folder that are no images, or an empty text if there are none."""
+    return (
+        f"{folder}: {len(others):,} files are no images and were skipped ({describe_suffixes(others)})"
+        if others
+        else ""
+    )
+
+
+def describe_suffixes(files: Sequence[Path]) -> str:
+    """Count the suffixes of files and name one file."""
+    counts = Counter(file.suffix.lower() or "no suffix" for file in files)
+    return f"{', '.join(f'{name} {count:,}' for name, count in counts.most_common(5))}, such as {files[0]}"
 
 
 def open_rgb(source: str | PathLike[str] | bytes, name: str) -> Image.Image:

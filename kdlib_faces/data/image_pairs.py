@@ -124,6 +124,17 @@ class ImagePairs:
 
         Raises:
             InputError: The list holds an image twice, or no pair has both its images in the list.
+
+        Examples:
+            >>> import tempfile
+            >>> from kdlib_faces.data import read_faces, read_lfw_pairs
+            >>> folder = Path(tempfile.mkdtemp())
+            >>> for name in ("Ann/1.png", "Ann/2.png", "Bob/1.png"):
+            ...     (folder / "faces" / name).parent.mkdir(exist_ok=True, parents=True)
+            ...     _ = (folder / "faces" / name).write_bytes(b"")
+            >>> _ = (folder / "pairs.txt").write_text("Ann 1 2\\nAnn 1 Bob 1\\nBob 1 2\\nBob 2 Ann 1\\n")
+            >>> read_lfw_pairs(folder / "pairs.txt").locate(read_faces(folder / "faces"))
+            <PairList: 2 pairs, 1 genuine, 2 missing>
         """
         indices = self.rows(faces)
         left, right = indices[self.left], indices[self.right]

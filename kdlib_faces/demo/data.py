@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class DemoData:
         train_identities: (n,) from 0.
         num_identities: Number of training identities.
         test_images: (m, 3, s, s) uint8, of identities outside the training.
-        test_identities: (m,) names or numbers.
+        test_identities: (m,) identity numbers.
         summary: Description of the data for the report.
         teachers: Model name to teacher, for the evaluation.
         teacher_outputs: Name of a teacher in the recipe to its cached outputs on the training images.
@@ -102,7 +102,7 @@ class DemoData:
     train_identities: NDArray[np.int64]
     num_identities: int
     test_images: Tensor
-    test_identities: NDArray[Any]
+    test_identities: NDArray[np.int64]
     summary: DataSummary
     teachers: dict[str, DemoModel] = field(default_factory=dict)
     teacher_outputs: dict[str, nn.Module] = field(default_factory=dict)

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +31,8 @@ from kdlib_faces.teachers.onnx.inspect import describe_graph
 from kdlib_faces.teachers.open import onnx_taps, open_onnx
 
 __all__ = ["real_data"]
+
+T = TypeVar("T")
 
 TEACHER_SIZE = 112
 _BLOCK = 512
@@ -58,7 +61,7 @@ def real_data(
         faces: Lists or folders, with ages or age groups.
         teachers: Two ONNX files, the general teacher first.
         taps: Tensor of each teacher that is its middle map; without any, one is chosen.
-        inputs: What is stated about the images of the teachers: one text of `InputOptions.parse` for both, or one for each.
+        inputs: Input options of the teachers, as `InputOptions.parse` reads them: one text for both, or one for each.
         start: The network of which the students start as a narrower copy; None for random weights.
         seed: Seed of the split and of the age map.
         quiet: Show no progress.
@@ -69,14 +72,13 @@ def real_data(
     """
     if len(teachers) != 2:
         raise InputError(f"demo: two teachers must be given, the general one first, got {len(teachers)}")
-    stated = inputs_of_models(inputs, len(teachers))
-    pairs = zip(teachers, stated, strict=True)
+    input_options = inputs_of_models(inputs, len(teachers))
     chosen = [{"embedding": None, "map": tap} for tap in taps] or [
-        onnx_taps(path, layout=images.layout) for path, images in pairs
+        onnx_taps(path, layout=each.layout) for path, each in zip(teachers, input_options, strict=True)
     ]
     graphs = [
-        open_onnx(path, each, images=images, resize=True, device=device)
-        for path, each, images in zip(teachers, chosen, stated, strict=True)
+        open_onnx(path, tapped, input_options=each, resize=True, device=device)
+        for path, tapped, each in zip(teachers, chosen, input_options, strict=True)
     ]
     face_list = read_faces(faces)
     if face_list.ages is None and face_list.age_groups is None:
@@ -84,7 +86,7 @@ def real_data(
     train_list, test_list = _split(face_list, config.test_fraction, seed)
     say(f"{len(train_list)} training and {len(test_list)} test images", quiet=quiet)
 
-    def shown(items: Iterable[Any], label: str) -> Iterable[Any]:
+    def shown(items: Iterable[T], label: str) -> Iterable[T]:
         return progress(items, label, quiet=quiet)
 
     train_images = load_images(train_list, TEACHER_SIZE, progress=shown)
@@ -155,7 +157,7 @@ def _joint_target(data: DemoData, graphs: dict[str, nn.Module], test_images: Ten
     return DemoModel(FusedTeacher(graphs, joint.matrix), TEACHER_SIZE, entry, test_images)
 
 
-def _age_map(teacher: nn.Module, faces: FaceList, codes: np.ndarray[Any, Any], seed: int, *, quiet: bool) -> Tensor:
+def _age_map(teacher: nn.Module, faces: FaceList, codes: NDArray[np.int64], seed: int, *, quiet: bool) -> Tensor:
     say("fitting the age map", quiet=quiet)
     plain, mirrored = (read_outputs(teacher, "embedding", torch.arange(len(faces)), view) for view in (0, 1))
     ages = None if faces.ages is None else torch.from_numpy(faces.ages)

@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,6 +77,7 @@ def run(
     progress: bool = True,
     command: str = "kdlib-faces demo",
     device: torch.device = CPU,
+    workers: int = 0,
 ) -> Report:
     """Train all models, evaluate them and write the report.
 
@@ -86,13 +88,14 @@ def run(
         faces: Lists or folders of real faces; without any, faces are synthetic.
         teachers: Two ONNX files, the general teacher and the one to be made age-invariant; for real faces only.
         taps: Tensor of each teacher that is its middle map; without any, the map with the grid nearest to 14 x 14.
-        inputs: What is stated about the images of the teachers: one text of `InputOptions.parse` for both, or one for each.
+        inputs: Input options of the teachers, as `InputOptions.parse` reads them: one text for both, or one for each.
         start: The network of which the students start as a narrower copy, for a configuration of `start_config`; None for
             random weights. For real faces only.
         seeds: Seeds; the report shows the first run and the spread over all.
         progress: Show progress.
         command: The command line, noted in the report.
         device: Device of the training, and of ONNX teachers; networks are evaluated on the CPU.
+        workers: Processes that augment the training images ahead; 0 does so when a batch is taken.
 
     Raises:
         InputError: Lists, teachers or the output cannot be used.
@@ -118,10 +121,12 @@ def run(
                 config, work, faces, teachers, taps, inputs, start=start, seed=seed, quiet=not progress, device=device
             )
         else:
-            data = synthetic_data(config, work, seed=seed, quiet=not progress, device=device)
+            data = synthetic_data(config, work, seed=seed, quiet=not progress, device=device, workers=workers)
         if results:  # the report states the exported student of the first seed only
             config = replace(config, deployment="none")
-        results.append(_train_and_evaluate(config, data, work, seed=seed, quiet=not progress, device=device))
+        results.append(
+            _train_and_evaluate(config, data, work, seed=seed, quiet=not progress, device=device, workers=workers)
+        )
     report, pictures = results[0]
     report.command, report.seeds = command, list(seeds)
     if len(results) > 1:
@@ -135,7 +140,7 @@ def run(
 
 
 def _train_and_evaluate(
-    config: DemoConfig, data: DemoData, work: Path, *, seed: int, quiet: bool, device: torch.device
+    config: DemoConfig, data: DemoData, work: Path, *, seed: int, quiet: bool, device: torch.device, workers: int
 ) -> tuple[Report, list[Picture]]:
     """Train the student twice on the same batches, and evaluate all models."""
     recipe = replace(config.student, num_identities=data.num_identities, input_size=config.size, seed=seed)
@@ -147,9 +152,11 @@ def _train_and_evaluate(
     for name, outputs in ((ALONE, {}), (DISTILLED, data.teacher_outputs)):
         distiller = build(recipe, teachers=outputs, student=copy.deepcopy(data.start))
         students[name], curves[name], batches = train_student(
-            distiller, data, config, work / name, label=LABELS[name], seed=seed, quiet=quiet, device=device
-        )
-        weights |= _teacher_weights(distiller, batches)
+            distiller, data, config, work / name, label=LABELS[name], seed=seed, quiet=quiet, device=device,
+            workers=workers,
+        )  # fmt: skip
+        with closing(batches):
+            weights |= _teacher_weights(distiller, batches)
         save_backbone(_network(distiller), work / name / "student.safetensors")
     models = {DISTILLED: students[DISTILLED], ALONE: students[ALONE]}
     if data.start is not None:
@@ -206,19 +213,26 @@ def train_student(
     seed: int,
     quiet: bool,
     device: torch.device = CPU,
+    workers: int = 0,
 ) -> tuple[DemoModel, LossCurve, FaceBatches]:
     """Train one student; the batches do not depend on the teachers."""
     if data.start is not None:
         replace_strided_depthwise(_network(distiller))
     augment = AugmentConfig()
     batches = FaceBatches(
-        data.train_images, data.train_identities, batch_size=config.batch_size, seed=seed, augment=augment
+        data.train_images,
+        data.train_identities,
+        batch_size=config.batch_size,
+        seed=seed,
+        augment=augment,
+        workers=workers,
     )
-    result = fit(
-        distiller, batches, folder, steps=config.student_steps, lr=config.lr, seed=seed, label=label, quiet=quiet,
-        optimizer="sgd" if data.start is None else "adamw",
-        settings=TrainingConfig(amp=config.amp, compile=config.compile), device=device,
-    )  # fmt: skip
+    with closing(batches):
+        result = fit(
+            distiller, batches, folder, steps=config.student_steps, lr=config.lr, seed=seed, label=label, quiet=quiet,
+            optimizer="sgd" if data.start is None else "adamw",
+            settings=TrainingConfig(amp=config.amp, compile=config.compile), device=device, workers=workers,
+        )  # fmt: skip
     distiller.to(CPU)
     adapter = distiller.student.eval()
     model = native_model(_network(distiller), adapter, config.size, "student", result.seconds, config.student_steps)

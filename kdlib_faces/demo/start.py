@@ -56,16 +56,16 @@ def choose_start(
         given: `"shrink:FILE"` or `"scratch"`; None starts from the first teacher if it can be made narrower and is
             not too large.
         teachers: The files of the teachers, the general one first.
-        inputs: What is stated about the images of each teacher.
+        inputs: Input options of each teacher.
         quiet: Do not print why the students start from scratch.
 
     Raises:
         InputError: The given start cannot be used.
     """
-    stated: Mapping[str, InputOptions] = dict(zip(teachers, inputs, strict=False))
+    options_of: Mapping[str, InputOptions] = dict(zip(teachers, inputs, strict=False))
     start = given or f"shrink:{teachers[0]}"
     try:
-        network = load_start(start, stated)
+        network = load_start(start, options_of)
         if network is None:
             return None
         size = height_width("demo", network.input_size)[0]

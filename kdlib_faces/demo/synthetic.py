@@ -1,5 +1,6 @@
 """Synthetic data of the demo, and training of its two teachers."""
 
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -80,7 +81,9 @@ def synthetic_faces(config: DemoConfig, seed: int) -> DemoData:
     )
 
 
-def synthetic_data(config: DemoConfig, work: Path, *, seed: int, quiet: bool, device: torch.device = CPU) -> DemoData:
+def synthetic_data(
+    config: DemoConfig, work: Path, *, seed: int, quiet: bool, device: torch.device = CPU, workers: int = 0
+) -> DemoData:
     """Generate the images, train both teachers, and cache their outputs on the students' training images.
 
     Args:
@@ -89,6 +92,7 @@ def synthetic_data(config: DemoConfig, work: Path, *, seed: int, quiet: bool, de
         seed: Seed of images, weights and order.
         quiet: Show no progress.
         device: Device of the training.
+        workers: As for `kdlib_faces.demo.run.run`.
     """
     say(f"generating synthetic faces (seed {seed})", quiet=quiet)
     data = synthetic_faces(config, seed)
@@ -105,12 +109,14 @@ def synthetic_data(config: DemoConfig, work: Path, *, seed: int, quiet: bool, de
     plain = Distiller(StudentAdapter(network, stage_taps(network, stage)), {}, Objective(terms))
     augment = AugmentConfig()
     batches = FaceBatches(
-        data.train_images[: len(general)], general.labels, batch_size=config.batch_size, seed=seed, augment=augment
-    )
-    general_fit = fit(
-        plain, batches, work / "general_teacher", steps=config.general_steps, lr=config.teacher_lr, seed=seed,
-        label="general teacher", quiet=quiet, settings=TrainingConfig(amp="bfloat16"), device=device,
+        data.train_images[: len(general)], general.labels, batch_size=config.batch_size, seed=seed, augment=augment,
+        workers=workers,
     )  # fmt: skip
+    with closing(batches):
+        general_fit = fit(
+            plain, batches, work / "general_teacher", steps=config.general_steps, lr=config.teacher_lr, seed=seed,
+            label="general teacher", quiet=quiet, settings=TrainingConfig(amp="bfloat16"), device=device, workers=workers,
+        )  # fmt: skip
 
     start = build_backbone("iresnet18", seed=seed, **arguments)
     start.load_state_dict(network.state_dict())
@@ -123,12 +129,14 @@ def synthetic_data(config: DemoConfig, work: Path, *, seed: int, quiet: bool, de
         each = choose_samples_per_identity(config.batch_size, data.num_identities)
     batches = FaceBatches(
         data.train_images, data.train_identities, batch_size=config.batch_size, seed=seed + 1, augment=augment, ages=ages,
-        samples_per_identity=each, identity_age="age",
+        samples_per_identity=each, identity_age="age", workers=workers,
     )  # fmt: skip
-    age_fit = fit(
-        fine_tuned, batches, work / "age_teacher", steps=config.age_steps, lr=config.teacher_lr / 2,
-        seed=seed, label="age-invariant teacher", quiet=quiet, settings=TrainingConfig(amp="bfloat16"), device=device,
-    )  # fmt: skip
+    with closing(batches):
+        age_fit = fit(
+            fine_tuned, batches, work / "age_teacher", steps=config.age_steps, lr=config.teacher_lr / 2, seed=seed,
+            label="age-invariant teacher", quiet=quiet, settings=TrainingConfig(amp="bfloat16"), device=device,
+            workers=workers,
+        )  # fmt: skip
     wrapper = fine_tuned.student.model
     assert isinstance(wrapper, FrozenBatchNorm)
 

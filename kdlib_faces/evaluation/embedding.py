@@ -149,6 +149,12 @@ def evaluate_images(
         protocol: See `evaluate`.
         options: Options of `embed_images`.
 
+    Returns:
+        The result of the protocol.
+
+    Raises:
+        ValueError: As `embed_images` and `evaluate`.
+
     Examples:
         >>> from kdlib_faces.evaluation import LeaveOneOutProtocol
         >>> pixels = np.full((4, 1, 2, 2), 255, dtype=np.uint8)

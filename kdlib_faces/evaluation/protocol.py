@@ -44,7 +44,21 @@ R = TypeVar("R", bound=Result, covariant=True)
 
 
 class EvaluationProtocol(Protocol[R]):
-    """A set of images and a way to measure embeddings of them; your own class may be one."""
+    """A set of images and a way to measure embeddings of them; your own class may be one.
+
+    Examples:
+        >>> import numpy as np
+        >>> class MeanNorm:
+        ...     def evaluate(self, embeddings):
+        ...         return MeanNormResult(float(np.linalg.norm(embeddings, axis=1).mean()))
+        >>> class MeanNormResult:
+        ...     def __init__(self, value):
+        ...         self.value = value
+        ...     def to_dict(self):
+        ...         return {"mean_norm": self.value}
+        >>> evaluate([[3.0, 4.0], [0.0, 1.0]], MeanNorm()).to_dict()
+        {'mean_norm': 3.0}
+    """
 
     def evaluate(self, embeddings: Embeddings) -> R:
         """Measure embeddings (n, d) in the order of the images."""

@@ -58,6 +58,10 @@ def check_identity_disjoint(a: ArrayLike, b: ArrayLike) -> None:
         a: (n,) identities of one set, whole numbers or strings.
         b: (m,) identities of the other set, of the same type.
 
+    Raises:
+        InputError: The sets share an identity; the message lists the shared ones.
+        ValueError: As `identity_overlap`.
+
     Examples:
         >>> check_identity_disjoint(["ann", "bob"], ["bob", "cy"])
         Traceback (most recent call last):

@@ -30,6 +30,14 @@ def save_student(
     Raises:
         TypeError: The model is another kind of module.
         InputError: The path has another suffix, or cannot be written.
+
+    Examples:
+        >>> import tempfile
+        >>> from kdlib_faces.backbones import MobileFaceNet, load_backbone
+        >>> student = MobileFaceNet(embedding_dim=16, width=0.25, input_size=32)
+        >>> file = Path(tempfile.mkdtemp()) / "student.safetensors"
+        >>> load_backbone(save_student(student, file))
+        MobileFaceNet(embedding_dim=16, width=0.25, input_size=32)
     """
     if Path(path).suffix != ".safetensors":
         raise InputError(f"save_student: path must end in .safetensors, got {os.fspath(path)}")

@@ -21,7 +21,7 @@ from torch import nn
 
 from kdlib._atomic import atomic_write
 from kdlib._modes import eval_mode
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, NotFiniteError
 from kdlib_faces._hardware import CPU, Amp, Hardware, autocast, share
 from kdlib_faces.data.dataset import decode_batches
 from kdlib_faces.data.image_files import describe_far_sizes
@@ -40,6 +40,7 @@ __all__ = ["OpenedModel", "embed_set", "open_model", "read_embeddings"]
 FORMAT = 1
 KEPT_EVERY = 256
 POLL_SECONDS = 0.1
+NOT_FINITE = "NaN or infinity"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ class OpenedModel:
 def open_model(
     path: str | os.PathLike[str],
     size: int | None = None,
-    stated: "InputOptions | None" = None,
+    input_options: "InputOptions | None" = None,
     *,
     device: torch.device = CPU,
     compile: bool = False,
@@ -75,7 +76,7 @@ def open_model(
     Args:
         path: The file.
         size: Side of its images in pixels; None for the model's own, or 112 if the file leaves it open.
-        stated: What is stated about the images that the model takes; None for what its file implies.
+        input_options: Input options, which override what the file implies; None for none.
         device: Device of the model.
         compile: Compile it by `torch.compile`; a graph stays as it is, and a line says so.
         quiet: Print no such line.
@@ -85,17 +86,17 @@ def open_model(
     """
     from kdlib_faces.teachers.input_options import InputOptions
 
-    label, stated = Path(path).stem, stated or InputOptions()
+    label, input_options = Path(path).stem, input_options or InputOptions()
     module: nn.Module
     own: int | tuple[int, int] | None
     if Path(path).suffix.lower() == ".onnx":
         from kdlib_faces.teachers.onnx.inspect import describe_graph
         from kdlib_faces.teachers.open import open_onnx
 
-        described = describe_graph(path, stated.layout)
+        described = describe_graph(path, input_options.layout)
         own = described["input_size"]
         # As for checkpoints, the square crop is cut to the rectangle that the network takes.
-        teacher = open_onnx(path, images=stated, resize=isinstance(own, tuple), device=device)
+        teacher = open_onnx(path, input_options=input_options, resize=isinstance(own, tuple), device=device)
         images = "" if teacher.image_format is None else teacher.image_format.describe()
         entry = ModelEntry("teacher", label, "ONNX", images, parameters=described["parameters"], macs=described["macs"])
         fingerprint = f"{teacher.fingerprint} None"
@@ -103,7 +104,7 @@ def open_model(
     else:
         from kdlib_faces.teachers.open import load_network
 
-        network = load_network(path, stated)
+        network = load_network(path, input_options)
         # The input spec of a network cuts the square crop to the rectangle that it takes.
         entry = ModelEntry(
             "student", label, repr(network).split("(", 1)[0], network.input_spec.describe(),
@@ -241,8 +242,12 @@ def _embed_to(target: Path, job: _Job, rows: range) -> None:
         for start in show(starts, label, quiet=not job.progress):
             stop = min(start + batch, count)
             pixels = images.decode(rows[start:stop], model.size, workers=job.workers).to(job.device)
-            array = embed_batch(model.module, pixels, flip=job.flip).astype("<f4", copy=False)
-            if (bad := _unusable_row(array)) is not None:
+            try:
+                array = embed_batch(model.module, pixels, flip=job.flip).astype("<f4", copy=False)
+                bad = _unusable_row(array)
+            except NotFiniteError as error:
+                bad = error.row, NOT_FINITE
+            if bad is not None:
                 where = f"{images.label(rows[start + bad[0]])} of {images.name}"
                 raise InputError(f"{model.path}: the model returns {bad[1]} for {where}")
             if not start:
@@ -261,7 +266,7 @@ def _embed_to(target: Path, job: _Job, rows: range) -> None:
 
 def _unusable_row(rows: NDArray[Any]) -> tuple[int, str] | None:
     """The first row without a direction, and what it holds."""
-    for what, good in (("NaN or infinity", np.isfinite(rows).all(axis=1)), ("zero", rows.any(axis=1))):
+    for what, good in ((NOT_FINITE, np.isfinite(rows).all(axis=1)), ("zero", rows.any(axis=1))):
         if not good.all():
             return int(good.argmin()), what
     return None

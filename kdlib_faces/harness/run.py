@@ -65,7 +65,7 @@ def prepare(
         work: Folder in which embeddings are kept; an interrupted run continues from it.
         data: Face lists, as `read_faces` takes them; for protocols without images of their own.
         models: `.onnx` or weight files, or `NAME=FILE` to name them in the report.
-        inputs: What is stated about the images of the models: one text of `InputOptions.parse` for all, or one for each.
+        inputs: Input options of the models, as `InputOptions.parse` reads them: one text for all, or one for each.
         embeddings: `.npy` files (n, d), rows in the order of the images; or folders with one such file per image set,
             named after it: `lfw.npy`, `fgnet.npy`, and `faces.npy` for those of `data`; or `NAME=FILE`.
         pairs: A pairs file in the format of LFW, on the images of `data`.
@@ -140,9 +140,9 @@ class _Embedding:
     hardware: Hardware
     workers: int
 
-    def open(self, path: Path, stated: InputOptions) -> OpenedModel:
+    def open(self, path: Path, input_options: InputOptions) -> OpenedModel:
         return open_model(
-            path, self.config.input_size, stated, device=self.hardware.device, compile=self.config.compile,
+            path, self.config.input_size, input_options, device=self.hardware.device, compile=self.config.compile,
             quiet=not self.progress,
         )  # fmt: skip
 
@@ -177,9 +177,9 @@ def _models(
         files = {each: path / f"{each}.npy" if path.is_dir() else path for each in sets}
         arrays = {each: read_embeddings(files[each], images.count) for each, images in sets.items()}
         given.append(EvaluatedModel(name, ModelEntry("student", name, "embeddings from a file"), arrays))
-    stated = inputs_of_models(inputs, len(models))
+    options = inputs_of_models(inputs, len(models))
     opened = [
-        (name, embedding.open(path, images)) for (name, path), images in zip(names[: len(models)], stated, strict=True)
+        (name, embedding.open(path, each)) for (name, path), each in zip(names[: len(models)], options, strict=True)
     ]
     for images in sets.values() if opened else ():
         images.check_images()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from inspect import signature
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class LossModule(nn.Module):
         check_choice(owner, "reduction", reduction, REDUCTIONS)
         self.reduction = reduction
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         """Return the arguments of the call that rebuilds the loss, without centers and generator."""
         names = [name for name in signature(type(self)).parameters if name not in ("centers", "generator")]
         return {name: getattr(self, name) for name in names}

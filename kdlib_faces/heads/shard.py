@@ -1,5 +1,6 @@
 """Class centers that are distributed over processes."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -67,7 +68,8 @@ def shard_head(head: T, mesh: "DeviceMesh", *, seed: int = 0) -> T:
         first, last = local_rows(len(weight), mesh)
         local = torch.empty(last - first, *weight.shape[1:], dtype=weight.dtype, device=device)
         _draw(local, first, head.embedding_dim**-0.5, seed)
-        fresh = type(head)(**{**head.arguments(), "num_identities": 1})
+        construct: Callable[..., MarginHead] = type(head)
+        fresh = construct(**{**head.arguments(), "num_identities": 1})
         for name, buffer in fresh.named_buffers():
             setattr(head, name, buffer.to(device))
     else:

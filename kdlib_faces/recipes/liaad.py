@@ -128,9 +128,13 @@ def _sources(config: LIAADConfig, general: str, age: str) -> list[TeacherSource]
     return [TeacherSource(role, path, reads[role], config.stage) for role, path in ((GENERAL, general), (AGE, age))]
 
 
-def _open(source: TeacherSource, config: LIAADConfig, images: InputOptions, device: torch.device = CPU) -> nn.Module:
+def _open(
+    source: TeacherSource, config: LIAADConfig, input_options: InputOptions, device: torch.device = CPU
+) -> nn.Module:
     untrained = {"input_size": config.input_size, "embedding_dim": config.embedding_dim, "seed": config.seed}
-    return open_teacher(source.path, source.reads, stage=source.stage, images=images, device=device, **untrained)
+    return open_teacher(
+        source.path, source.reads, stage=source.stage, input_options=input_options, device=device, **untrained
+    )
 
 
 def train(config: LIAADRunConfig, options: RunOptions) -> Path:
@@ -155,10 +159,10 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
         )
     general, age = options.teachers
     inputs = dict(zip((GENERAL, AGE), options.inputs, strict=False))
-    for path, stated in zip(options.teachers, options.inputs, strict=False):
-        if stated != InputOptions() and (Path(path).is_dir() or path in BACKBONES):
+    for path, given in zip(options.teachers, options.inputs, strict=False):
+        if given != InputOptions() and (Path(path).is_dir() or path in BACKBONES):
             raise InputError(
-                f"train: {path} is no model file; --input {stated} does not apply to it, give 'auto' for it"
+                f"train: {path} is no model file; --input {given} does not apply to it, give 'auto' for it"
             )
 
     paths = dict(zip(options.teachers, options.inputs, strict=False))

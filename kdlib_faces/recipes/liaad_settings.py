@@ -95,6 +95,14 @@ class LIAADConfig(LIAADSettings):
 
     Raises:
         ValueError, TypeError: A value is out of range.
+
+    Examples:
+        >>> config = LIAADConfig(num_identities=500, embedding_weight=20.0, attention_weight=0.0)
+        >>> config.backbone, config.embedding_weight
+        ('mobilefacenet', 20.0)
+        >>> LIAADConfig(weighting="gate")
+        Traceback (most recent call last):
+        ValueError: LIAADConfig: weighting must be one of 'uniform', 'center', got 'gate'
     """
 
     num_identities: int = 1000

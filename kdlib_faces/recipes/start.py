@@ -77,7 +77,7 @@ def load_start(
 
     Args:
         start: The option.
-        inputs: Path of a teacher to what is stated about its images, which also holds where the start is that file.
+        inputs: Path of a teacher to its input options, which also apply where the start is that file.
         size: Side of the student's images, pixels; None for those of the network, which must be square.
 
     Raises:

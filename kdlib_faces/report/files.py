@@ -73,7 +73,12 @@ def write(
 def render(directory: str | os.PathLike[str], *, progress: bool = False) -> Path:
     """Make report.md, report.html and the figures again from report.json and the pictures on disk.
 
-    Returns the path of report.html.
+    Args:
+        directory: Folder of the report.
+        progress: Show progress.
+
+    Returns:
+        The path of report.html.
 
     Raises:
         InputError: report.json is missing, or is not a report.
@@ -124,6 +129,12 @@ def _make_folder(directory: str | os.PathLike[str]) -> Path:
 
 def read(path: Path) -> Report:
     """Read a report.json.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The report, with every field checked.
 
     Raises:
         InputError: The file is missing, too large, or no report of this version.

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -91,27 +91,40 @@ def load_teacher(path: str | os.PathLike[str]) -> TeacherNet:
 
     Raises:
         InputError: As `load_backbone`, or the parts of a teacher file do not fit each other.
+
+    Examples:
+        >>> import tempfile
+        >>> backbone = build_backbone("mobilefacenet", embedding_dim=8, width=0.25, input_size=32)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_teacher(AgeInvariantNet(backbone), f"{folder}/teacher.safetensors")
+        ...     teacher = load_teacher(f"{folder}/teacher.safetensors")
+        >>> type(teacher).__name__, teacher(torch.zeros(2, 3, 32, 32)).shape
+        ('AgeInvariantNet', torch.Size([2, 8]))
     """
-    weights = _read(path)
-    return load_backbone(path) if weights is None else _build(path, weights.content)
+    file = _read(path)
+    return load_backbone(path) if file is None else _build(path, file[1])
 
 
-def describe_teacher(path: str | os.PathLike[str], images: InputOptions | None = None) -> str | None:
-    """Describe a file of `save_teacher` in lines of text, with what is stated about its images; None for any other file.
+def describe_teacher(path: str | os.PathLike[str], input_options: InputOptions | None = None) -> str | None:
+    """Describe a file of `save_teacher` in lines of text; None for any other file.
+
+    Args:
+        path: The file.
+        input_options: Input options, which override those of the file.
 
     Raises:
         InputError: The parts of a teacher file do not fit each other.
     """
-    weights = _read(path)
-    if weights is None:
+    file = _read(path)
+    if file is None:
         return None
-    content = weights.content
-    model, kind = _build(path, content), content["kind"]
+    weights, content = file
+    model, kind = _build(path, content), str(content["kind"])
     rows = {
         "file": f"{weights.kind}, {weights.size:,} bytes",
         "layout": f"kdlib_faces teacher, {kind}: {KINDS[kind][2]}",
         "network": repr(model.backbone) if kind == "dal" else str(content["backbone"]),
-        "input": (images or InputOptions()).applied_to(model.input_spec).describe(),
+        "input": (input_options or InputOptions()).applied_to(model.input_spec).describe(),
         "output": f"(b, {model.embedding_dim}), not normalized",
         "parameters": f"{sum(each.numel() for each in model.parameters()):,}",
         "taps": ", ".join(model.stages),
@@ -120,17 +133,17 @@ def describe_teacher(path: str | os.PathLike[str], images: InputOptions | None =
     return "\n".join(f"{name:<12}{value}" for name, value in rows.items())
 
 
-def _read(path: str | os.PathLike[str]) -> Weights | None:
-    """A teacher file, header and tensors as its content; None for any other file, whose errors `load_backbone` reports."""
+def _read(path: str | os.PathLike[str]) -> tuple[Weights, Mapping[str, object]] | None:
+    """A teacher file and its entries; None for any other file, whose errors `load_backbone` reports."""
     try:
         weights = read_weights("load_teacher", Path(path))
         content = with_header("load_teacher", weights, KEY)
     except InputError:
         return None
-    return replace(weights, content=content) if isinstance(content, Mapping) and KEY in content else None
+    return (weights, content) if KEY in content else None
 
 
-def _build(path: str | os.PathLike[str], content: Mapping[str, Any]) -> AgeInvariantNet | AttentiveAgeNet:
+def _build(path: str | os.PathLike[str], content: Mapping[str, object]) -> AgeInvariantNet | AttentiveAgeNet:
     """The teacher that the content describes, with its weights."""
     owner = f"load_teacher: {os.fspath(path)}"
     if content[KEY] != FORMAT:
@@ -152,14 +165,15 @@ def _build(path: str | os.PathLike[str], content: Mapping[str, Any]) -> AgeInvar
             model = cls(build_backbone(str(name), **arguments), **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{owner} does not describe a teacher: {' '.join(str(error).split())[:300]}") from error
-    values, keys = {str(key): value for key, value in state.items()}, {key: key for key in model.state_dict()}
+    values = {str(key): value for key, value in state.items()}
+    keys = {key: key for key in model.state_dict()}
     differences = find_differences(model.state_dict(), keys, values)
     if differences:
         raise InputError(f"{owner} does not fit its own description; {list_differences(differences)}")
     load_values(owner, model, keys, values, Path(path).stat().st_size)
-    if isinstance(content.get("input"), dict):
+    if isinstance(fields := content.get("input"), dict):
         try:
-            model.backbone.input_spec = replace(model.backbone.input_spec, **content["input"])
+            model.backbone.input_spec = replace(model.backbone.input_spec, **fields)
         except (TypeError, ValueError) as error:
             raise InputError(f"{owner} does not describe its images: {error}") from error
     return model.eval()

@@ -22,6 +22,13 @@ class FrozenBatchNorm(nn.Module):
     Args:
         net: The network. Its tap paths get the prefix `net.`.
         frozen: Whether BatchNorm layers stay in eval mode.
+
+    Examples:
+        >>> from kdlib_faces.backbones import MobileFaceNet
+        >>> net = FrozenBatchNorm(MobileFaceNet(embedding_dim=16, width=0.25, input_size=32)).train()
+        >>> norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+        >>> net.training, any(norm.training for norm in norms)
+        (True, False)
     """
 
     def __init__(self, net: TeacherNet, *, frozen: bool = True) -> None:

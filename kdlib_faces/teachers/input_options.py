@@ -1,4 +1,4 @@
-"""What a user states about the images that a model file takes."""
+"""Options for the images that a model takes, which override what its file implies."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,9 +16,9 @@ AS_RECOGNIZED = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class InputOptions:
-    """Images that a model takes, as far as they are stated: `(pixel - mean) / scale` of pixels from 0 to 255.
+    """Color order, normalization and layout of a model's input: `(pixel - mean) / scale` of pixels from 0 to 255.
 
-    What is None is taken from the file: from the layout of a checkpoint, or from the first operations of an ONNX graph.
+    A field that is None is read from the file: from the layout of a checkpoint, or from the first operations of an ONNX graph.
 
     Attributes:
         color: `"rgb"` or `"bgr"`.
@@ -46,7 +46,7 @@ class InputOptions:
 
     @classmethod
     def parse(cls, text: str) -> "InputOptions":
-        """Parse `KEY=VALUE,...`; `"auto"` and an empty text state nothing.
+        """Parse `KEY=VALUE,...`; `"auto"` and an empty text leave every field None.
 
         Raises:
             InputError: The text has another form, an unknown key, or a value out of range.
@@ -74,7 +74,7 @@ class InputOptions:
         return ",".join(f"{key}={value}" for key, value in texts.items()) or AS_RECOGNIZED
 
     def applied_to(self, spec: InputSpec) -> InputSpec:
-        """Return the specification with the stated values in place of its own."""
+        """Return the specification with the fields that are not None replaced."""
         return spec.changed(color=self.color, mean=self.mean, scale=self.scale)
 
 

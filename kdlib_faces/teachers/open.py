@@ -56,16 +56,16 @@ def open_onnx(
     path: str | os.PathLike[str],
     taps: Mapping[str, OnnxTap] | None = None,
     *,
-    images: InputOptions = RECOGNIZED,
+    input_options: InputOptions = RECOGNIZED,
     resize: bool = False,
     device: torch.device = CPU,
 ) -> OnnxTeacher:
-    """Open an ONNX graph as a teacher, fed as it is stated, and otherwise as its first operations expect it.
+    """Open an ONNX graph as a teacher whose images are converted by the input options, or as its first operations imply.
 
     Args:
         path: The `.onnx` file.
         taps: As for `OnnxTeacher`.
-        images: What is stated about the images that the graph takes.
+        input_options: Input options; a field that is None is recognized from the graph.
         resize: As for `OnnxTeacher`.
         device: Device on which onnxruntime runs the graph.
 
@@ -73,37 +73,60 @@ def open_onnx(
         InputError: As `OnnxTeacher`, or this onnxruntime does not run on the device.
     """
     preprocess = None
-    if (images.color, images.mean, images.scale) != (None, None, None):
-        preprocess = images.applied_to(recognize_input(read_graph(path, images.layout)))
+    if (input_options.color, input_options.mean, input_options.scale) != (None, None, None):
+        preprocess = input_options.applied_to(recognize_input(read_graph(path, input_options.layout)))
     return OnnxTeacher(
-        path, taps, preprocess=preprocess, layout=images.layout, providers=providers_for(device), resize=resize
+        path, taps, preprocess=preprocess, layout=input_options.layout, providers=providers_for(device), resize=resize
     )
 
 
-def load_network(path: str | os.PathLike[str], images: InputOptions = RECOGNIZED) -> TeacherNet:
-    """Read a checkpoint or a teacher file, with what is stated about its images in place of what its layout implies.
+def load_network(path: str | os.PathLike[str], input_options: InputOptions = RECOGNIZED) -> TeacherNet:
+    """Read a checkpoint or a teacher file.
+
+    Args:
+        path: The file.
+        input_options: Input options, which override what the layout of the file implies.
+
+    Returns:
+        The network on the CPU in eval mode.
 
     Raises:
-        InputError: As `load_teacher`, or a layout is stated, which only ONNX graphs have.
+        InputError: As `load_teacher`, or `input_options` has a layout, which only ONNX graphs have.
     """
-    if images.layout is not None:
-        raise InputError(f"{os.fspath(path)}: layout={images.layout} applies to ONNX graphs only")
+    if input_options.layout is not None:
+        raise InputError(f"{os.fspath(path)}: layout={input_options.layout} applies to ONNX graphs only")
     network = load_teacher(path)
     backbone = network if isinstance(network, Backbone) else network.backbone
-    backbone.input_spec = images.applied_to(backbone.input_spec)
+    backbone.input_spec = input_options.applied_to(backbone.input_spec)
     return network
 
 
-def load_pretrained(path: str | os.PathLike[str], images: InputOptions = RECOGNIZED) -> TeacherNet:
+def load_pretrained(path: str | os.PathLike[str], input_options: InputOptions = RECOGNIZED) -> TeacherNet:
     """Read a network for fine-tuning: an `.onnx` file of a known family, a teacher file or a checkpoint.
+
+    Args:
+        path: The file.
+        input_options: Input options, which override what the file implies.
+
+    Returns:
+        The network on the CPU in eval mode.
 
     Raises:
         InputError: As `import_onnx` and `load_network`.
+
+    Examples:
+        >>> import tempfile
+        >>> from kdlib_faces.backbones import MobileFaceNet, save_backbone
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_backbone(MobileFaceNet(embedding_dim=16, width=0.25, input_size=32), f"{folder}/net.pt")
+        ...     net = load_pretrained(f"{folder}/net.pt", InputOptions(color="bgr"))
+        >>> net, net.input_spec.color
+        (MobileFaceNet(embedding_dim=16, width=0.25, input_size=32), 'bgr')
     """
     if Path(path).suffix.lower() != ".onnx":
-        return load_network(path, images)
+        return load_network(path, input_options)
     network = import_onnx(path)
-    network.input_spec = images.applied_to(network.input_spec)
+    network.input_spec = input_options.applied_to(network.input_spec)
     return network
 
 
@@ -115,7 +138,7 @@ def open_teacher(
     input_size: int,
     embedding_dim: int,
     seed: int,
-    images: InputOptions = RECOGNIZED,
+    input_options: InputOptions = RECOGNIZED,
     device: torch.device = CPU,
 ) -> nn.Module:
     """Open a frozen teacher that takes the student's images (RGB, in [-1, 1]) and converts them to its own format.
@@ -127,7 +150,7 @@ def open_teacher(
         input_size: Side of the images of an untrained teacher, pixels.
         embedding_dim: Embedding dimension of an untrained teacher.
         seed: Seed of the weights of an untrained teacher.
-        images: What is stated about the images that the file takes.
+        input_options: Input options, which override what the file implies.
         device: Device of an ONNX graph; a network moves with the distiller.
 
     Raises:
@@ -137,10 +160,10 @@ def open_teacher(
         taps: dict[str, str | None] = {"embedding": None}
         if "map" in features:
             try:
-                taps = onnx_taps(source, stage, images.layout)
+                taps = onnx_taps(source, stage, input_options.layout)
             except InputError as error:
                 raise InputError(f"{error} {features['map']}=0 removes the term that reads it") from error
-        return open_onnx(source, taps, images=images, resize=True, device=device)
+        return open_onnx(source, taps, input_options=input_options, resize=True, device=device)
     if Path(source).is_dir() and source not in BACKBONES:
         raise InputError(
             f"{source} is a folder; only `kdlib-faces train`, which knows the training images, reads caches of teacher outputs"
@@ -148,6 +171,6 @@ def open_teacher(
     model: TeacherNet = (
         build_backbone(source, seed=seed, input_size=input_size, embedding_dim=embedding_dim)
         if source in BACKBONES
-        else load_network(source, images)
+        else load_network(source, input_options)
     )
     return TeacherAdapter(model, stage_taps(model, stage), preprocess=model.input_spec)

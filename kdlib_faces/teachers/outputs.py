@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlib.cache import CachedTeacher, CacheError, Fingerprint, TeacherCache, model_fingerprint
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, describe_error
 from kdlib_faces.data.dataset import FaceImages
 from kdlib_faces.data.images import to_float
 from kdlib_faces.progress import progress_to
@@ -81,7 +81,7 @@ def cache_outputs(
         except CacheError as error:
             raise InputError(f"{Path(folder)}: {error}") from error
         except ValueError as error:
-            raise InputError(f"{label}: {error}") from error
+            raise InputError(f"{label}: {describe_error(error)}") from error
     return CachedTeacher(cache)
 
 
@@ -98,6 +98,12 @@ def read_outputs(
 
     Returns:
         `(n, ...)` float32.
+
+    Examples:
+        >>> def teacher(samples, view):
+        ...     return {"embedding": samples[:, None] + 0.5 * view[:, None]}
+        >>> read_outputs(teacher, "embedding", torch.arange(3), view=1).flatten()
+        tensor([0.5000, 1.5000, 2.5000])
     """
     parts = [teacher(part, torch.full_like(part, view))[name] for part in torch.split(samples, _BATCH)]
     return torch.cat(parts)

@@ -26,7 +26,13 @@ Batches: TypeAlias = Iterable[tuple[Tensor, Mapping[str, Tensor]]]
 
 
 class LossCurve(TypedDict):
-    """Losses of the logged steps; `loss` is the weighted total and `terms` holds the unweighted terms."""
+    """Losses of the logged steps.
+
+    Attributes:
+        step: Number of each logged step.
+        loss: Weighted total at each of them.
+        terms: Name of a term to its values without weight; None for a value that is not finite.
+    """
 
     step: list[int]
     loss: list[float]

@@ -154,6 +154,9 @@ def open_training_images(faces: FaceList, size: int, options: RunOptions) -> Fac
         size: Side of the images, pixels.
         options: Progress, and what to do about images that cannot be read.
 
+    Returns:
+        The images in the order of the list.
+
     Raises:
         InputError: Images cannot be read and are not skipped; the message lists all of them.
     """

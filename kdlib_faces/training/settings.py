@@ -93,7 +93,7 @@ class RunOptions:
         output: Folder of the run.
         data: Training images, entries of `read_faces`.
         teachers: Files of the teachers, in the order of the recipe.
-        inputs: What is stated about the images that each teacher takes; empty for what their files imply.
+        inputs: Input options of each teacher; empty for those that their files imply.
         seed: Seed of weights, order and views.
         progress: Show progress.
         on_error: What to do about images that cannot be read: `"stop"`, or `"skip"` with a warning; see `FaceBatches`.

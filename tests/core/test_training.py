@@ -222,6 +222,30 @@ def test_nan_loss_names_the_batch_and_keeps_the_weights(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "step-000000002.pt")["step"] == 2
 
 
+def test_an_error_of_the_forward_pass_names_the_batch_and_the_checkpoint(tmp_path: Path) -> None:
+    toy = Toy()
+    toy.layers[0].register_forward_pre_hook(lambda module, inputs: check(inputs[0]))
+
+    def check(inputs: Tensor) -> None:
+        if not inputs.isfinite().all():
+            raise ArithmeticError("the input is NaN")
+
+    data = batches()
+    data[3][0][2] = float("nan")
+    config = TrainConfig(epochs=2, checkpoint_dir=tmp_path, checkpoint_every_steps=2)
+    with pytest.raises(ArithmeticError, match="the input is NaN") as caught:
+        train(toy, data, config)
+    (note,) = caught.value.__notes__
+    assert note.startswith("in batch 3 of epoch 0 (samples 24, 25, 26")
+    assert note.endswith("; the last good checkpoint is " + str(tmp_path / "step-000000002.pt"))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
+def test_a_device_that_this_machine_lacks_is_named() -> None:
+    with pytest.raises(ValueError, match=r"device must be available, got cuda, but torch .* finds no accelerator"):
+        train(Toy(), batches(), TrainConfig(epochs=1, device="cuda"))
+
+
 def test_nan_gradient_of_a_finite_loss_reaches_no_checkpoint(tmp_path: Path) -> None:
     def root(weight: Tensor) -> Tensor:
         return weight + (weight * 0).pow(2).sum().sqrt()  # adds 0, with gradient 0 / 0

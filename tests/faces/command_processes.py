@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # DDP imports it, which takes a second per process unless it is loaded before the fork
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import kdlib_faces.commands.cache
 import kdlib_faces.commands.evaluate
@@ -26,6 +27,7 @@ from kdlib_faces.data.dataset import load_images
 from kdlib_faces.data.lists import read_faces
 from kdlib_faces.data.views import AugmentConfig
 from kdlib_faces.recipes.liaad import LIAADConfig, build
+from kdlib_faces.recipes.student import head_mesh
 from kdlib_faces.teachers.open import stage_taps
 from kdlib_faces.training import fit
 from tests.faces.cache_files import COUNT, SIZE, make_faces, settings
@@ -37,35 +39,49 @@ SETTINGS = (
 
 
 class WideBatches:
-    """Batches in float64."""
+    """Batches in float64; before batch `stop`, counted over all epochs, the process sends SIGTERM to itself."""
 
-    def __init__(self, batches: FaceBatches) -> None:
-        self.batches = batches
-        self.set_epoch, self.shard = batches.set_epoch, batches.shard
+    def __init__(self, batches: FaceBatches, stop: int | None) -> None:
+        self.batches, self.stop, self.epoch = batches, stop, 0
+        self.shard = batches.shard
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.batches.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        return ((inputs.double(), targets) for inputs, targets in self.batches)
+        for number, (inputs, targets) in enumerate(self.batches, self.epoch * len(self)):
+            if number == self.stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield inputs.double(), targets
 
 
-def train_wide(faces: Path, output: Path) -> int:
+def train_wide(
+    faces: Path, output: Path, *, batch_size: int = 8, sharded: bool = False, stop: int | None = None
+) -> int:
     """Train by the recipe of the commands, in float64; return 0."""
-    config = LIAADConfig(width=0.25, input_size=SIZE, embedding_dim=16, num_identities=COUNT // 2)
+    config = LIAADConfig(
+        width=0.25, input_size=SIZE, embedding_dim=16, num_identities=COUNT // 2, head_sharded=sharded
+    )  # fmt: skip
     networks = {name: load_backbone(faces / f"{name}.pt").double() for name in ("general", "age")}
     teachers = {name: TeacherAdapter(each, stage_taps(each, config.stage)) for name, each in networks.items()}
-    distiller = build(config, teachers=teachers).double()
-    start = {f"student.{name}": value.detach() for name, value in distiller.student.named_parameters()}
-    torch.save(start, faces / "wide_start.pt")
-    listed = read_faces(faces / "faces.csv")
+    listed, hardware = read_faces(faces / "faces.csv"), find_hardware("cpu")
     batches = FaceBatches(
-        load_images(listed, SIZE), listed.identities, batch_size=8, seed=0, augment=AugmentConfig(erase=0.5)
+        load_images(listed, SIZE), listed.identities, batch_size=batch_size, seed=0, augment=AugmentConfig(erase=0.5)
     )
-    with find_hardware("cpu").process_group(20):
-        fit(distiller, WideBatches(batches), output, steps=6, lr=0.02, seed=0, label="wide", quiet=True)
-        if int(os.environ["RANK"]) == 0:
-            torch.save(distiller.state_dict(), output / "wide.pt")
+    with hardware.process_group(20), head_mesh(config, hardware) as mesh:
+        distiller = build(config, teachers=teachers, mesh=mesh).double()
+        start = {f"student.{name}": value.detach() for name, value in distiller.student.named_parameters()}
+        torch.save(start, faces / "wide_start.pt")
+        fit(distiller, WideBatches(batches, stop), output, steps=6, lr=0.02, seed=0, label="wide", quiet=True)
+        if hardware.first:
+            whole = {
+                name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in distiller.state_dict().items()
+            }
+            torch.save(whole, output / "wide.pt")
     return 0
 
 
@@ -121,6 +137,12 @@ def main(place: Path) -> None:
         found[name] = run([*common, place / name], count, place / f"{name}.txt")
     for name, count in (("wide_one", 1), ("wide_two", 2)):
         found[name] = run(partial(train_wide, faces, place / name), count, place / f"{name}.txt")
+    wide = partial(train_wide, faces, batch_size=6, sharded=True)
+    found["chain_one"] = run(partial(wide, place / "chain_one"), 1, place / "chain.txt")
+    found["chain"] = [
+        run(partial(wide, place / "chain", stop=stop), count, place / "chain.txt")
+        for count, stop in ((1, 2), (2, 3), (3, 5), (1, None))
+    ]
     output, began = place / "killed", time.monotonic()
     found["killed"] = run([*common, output], 2, place / "killed.txt", lambda ids: kill_second(output, ids))
     found["seconds"] = time.monotonic() - began

@@ -18,7 +18,7 @@ from kdlib_faces.alignment import run as runner
 from kdlib_faces.alignment.decode import Candidates, decode_scrfd, decode_yunet, suppress_overlaps
 from kdlib_faces.alignment.photographs import Crop, PhotographAligner, misfit_and_scale
 from kdlib_faces.data import read_faces
-from tests.faces.cache_files import fails, run
+from tests.faces.cache_files import fails, make_faces, run
 from tests.faces.detector_graph import BOX, CORNER, POINTS, SIDE, detector, photograph, put_photograph
 from tests.faces.tiny_graph import tiny_graph
 
@@ -345,6 +345,33 @@ def test_files_that_cannot_be_read_are_named_or_left_out(yunet: Path, photos: Pa
     assert run(*words, "--on-error", "skip") == 0
     rows = rows_of(tmp_path / "crops" / "doubtful.csv")
     assert [row["source"] for row in rows if row["reason"] == "cannot be read"] == ["ann/broken.jpg"]
+
+
+@pytest.mark.filterwarnings("default::kdlib_faces.data.lists.FaceDataWarning")
+def test_files_that_are_no_images_are_counted_and_named(yunet: Path, photos: Path, tmp_path: Path, capsys) -> None:
+    for name in ("notes.txt", "ann/a.TXT", "ann/b.mp4"):
+        (photos / name).write_text("no image")
+    assert run("align", photos, "--detector", yunet, "--output", tmp_path / "crops", "--quiet") == 0
+    line = f"warning: {photos}: 3 files are no images and were skipped (.txt 2, .mp4 1, such as "
+    assert line in capsys.readouterr().err
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("no image")
+    line = fails(capsys, "align", folder, "--detector", yunet, "--output", tmp_path / "none")
+    assert f"{folder}: no images found among .txt 1, such as {folder / 'a.txt'}" in line
+
+
+def test_a_detector_given_as_a_model_is_refused(yunet: Path, tmp_path: Path, capsys) -> None:
+    make_faces(tmp_path)
+    for words in (
+        ("evaluate", "--data", tmp_path / "faces.csv", "--model", yunet),
+        ("embed", tmp_path / "faces.csv", "--model", yunet),
+        ("cache", "build", "--data", tmp_path / "faces.csv", "--teacher", yunet),
+        ("train", "--data", tmp_path / "faces.csv", "--teacher", yunet, "--teacher", tmp_path / "age.pt"),
+    ):
+        line = fails(capsys, *words, "--output", tmp_path / "output")
+        assert f"{yunet.name} is no face recognition network: none of its 12 outputs holds one vector" in line
+        assert line.endswith("a face detector is given as --detector")
 
 
 def test_files_that_are_no_detector(tmp_path: Path, photos: Path, capsys) -> None:

@@ -120,6 +120,7 @@ def test_each_batch_holds_k_images_of_different_identities():
         ({"images": torch.zeros(10, 1, 4, 4, dtype=torch.uint8)}, r"images must be \(b, 3, h, w\)"),
         ({"samples_per_identity": 3}, "batch_size must be a multiple of samples_per_identity 3, .* got 4"),
         ({"samples_per_identity": 1, "identities": np.arange(10) % 3}, ".* at most 1 x 3 identities, got 4"),
+        ({"min_age_gap": 10.0, "samples_per_identity": 2}, "min_age_gap must come with .*, got no identity_age$"),
         ({"seed": -1}, "seed must be a whole number"),
         ({"images": torch.zeros(10, 3, 4, 4)}, r"images must be uint8, got torch\.float32"),
     ],

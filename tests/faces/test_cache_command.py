@@ -213,7 +213,9 @@ def test_mistakes_are_one_line(faces_folder: Path, tmp_path: Path, capsys) -> No
     assert "--tap must be FEATURE=NAME" in fails(capsys, *words(faces_folder, output, "--tap", "embedding=linear"))
     assert "views must be 1 (plain) or 2" in fails(capsys, *words(faces_folder, output, "--views", 3))
     assert "views must be a whole number and >= 1" in fails(capsys, *words(faces_folder, output, "--views", 0))
-    assert "workers must be a whole number and >= 1" in fails(capsys, *words(faces_folder, output, "--workers", 0))
+    assert "--workers: must be a whole number from 1 to 1024" in fails(
+        capsys, *words(faces_folder, output, "--workers", 0)
+    )
     assert "invalid choice: 'int4'" in fails(capsys, *words(faces_folder, output, "--dtype", "int4"))
     assert not output.exists()
     output.write_text("a file")

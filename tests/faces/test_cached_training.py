@@ -1,25 +1,42 @@
 """`kdlib-faces train --recipe liaad` from cached teachers gives the same student as with live teachers."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from kdlib.cache import CachedTeacher, TeacherCache
+from kdlib.cache import CachedTeacher, TeacherCache, read_header
+from kdlib.training import load_checkpoint
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import load_backbone
 from kdlib_faces.caching.teachers import TeacherSource, is_cache, open_teachers
 from kdlib_faces.data.lists import read_faces
+from kdlib_faces.data.samplers import ShuffledOrder
 from kdlib_faces.recipes import LIAADConfig
 from kdlib_faces.recipes import build as build_recipe
 from kdlib_faces.recipes.liaad import features_read
-from tests.faces.cache_files import SIZE, build, fails, make_faces, run, settings, wait_until
+from tests.faces.cache_files import (
+    COUNT,
+    SIZE,
+    build,
+    build_words,
+    fails,
+    make_faces,
+    noise,
+    put_list,
+    run,
+    settings,
+    wait_until,
+)
+from tests.faces.tiny_graph import unit_graph
 
 PLAIN = [f"augment.{name}=0" for name in ["mirror", "brightness", "contrast", "gamma", "shift", "scale", "rotate"]]
 PLAIN += ["augment.low_resolution=0", "augment.grayscale=0"]
@@ -226,6 +243,48 @@ def test_sigterm_and_sigkill_leave_the_same_student(faces_folder: Path, tmp_path
         assert process_of(name).wait(300) == 0
     wanted = weights(tmp_path / "straight")
     assert all(torch.equal(value, wanted[name]) for name, value in weights(tmp_path / "interrupted").items())
+
+
+def test_a_damaged_row_of_a_cache_stops_the_run_and_keeps_its_checkpoint(
+    faces_folder: Path, tmp_path: Path, capsys
+) -> None:
+    samples = ShuffledOrder(COUNT, 8, seed=0).rows(0, 1)  # those of the second batch
+    shutil.copytree(faces_folder / "general", tmp_path / "cache")
+    header = read_header(tmp_path / "cache")
+    assert header is not None
+    with (tmp_path / "cache" / "shard-00000.bin").open("r+b") as file:
+        file.seek(int(samples[3]) * header.row_bytes)
+        file.write(np.float32("nan").tobytes())
+    more = ("recipe.embedding_projection=linear", "training.checkpoint_seconds=1e-6", *PLAIN)
+    words = command(faces_folder, tmp_path / "run", tmp_path / "cache", "age", more=more)
+    line = fails(capsys, *words)
+    assert f"of sample {samples[3]}, view 0 is not finite; build the cache again; in batch 1 of epoch 0" in line
+    kept = tmp_path / "run" / "checkpoints" / "step-000000001.pt"
+    assert f"(samples {', '.join(map(str, samples))}); the last good checkpoint is {kept}" in line
+    assert load_checkpoint(kept)["step"] == 1
+    shutil.copy(faces_folder / "general" / "shard-00000.bin", tmp_path / "cache")
+    assert run(*words) == 0
+    whole = train(faces_folder, tmp_path / "whole", "general", "age", more=more)
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_an_image_for_which_a_graph_returns_nan_is_named(faces_folder: Path, tmp_path: Path, capsys) -> None:
+    graph = unit_graph(tmp_path / "unit.onnx", SIZE)
+    rows = [(noise(number) * (number != 9), f"p{number // 2}") for number in range(COUNT)]
+    faces = put_list(tmp_path, "identity", rows)
+    line = fails(capsys, "embed", faces, "--model", graph, "--output", tmp_path / "embed")
+    assert line.endswith("unit.onnx: the model returns NaN or infinity for 9.png of faces")
+    line = fails(capsys, *build_words(tmp_path, graph, tmp_path / "cache"))
+    assert (
+        "unit.onnx returns NaN or infinity for image 9 of the batch; in the batch of 16 samples from sample 0 to 15"
+        in line
+    )
+    more = ("recipe.embedding_projection=linear", "recipe.map_weight=0", "recipe.attention_weight=0", *PLAIN)
+    line = fails(capsys, *command(tmp_path, tmp_path / "run", graph, graph, more=more))
+    at, samples = re.search(
+        r"for image (\d+) of the batch; in batch \d of epoch 0 \(samples ([\d, ]+)\)", line
+    ).groups()
+    assert samples.split(", ")[int(at)] == "9"
 
 
 def test_a_folder_of_another_run_is_refused(faces_folder: Path, tmp_path: Path, capsys) -> None:

@@ -15,11 +15,13 @@ from kdlib_faces._hardware import Hardware, find_hardware, share
 from kdlib_faces._output import locked
 from kdlib_faces.backbones import load_backbone
 from kdlib_faces.caching.build import CacheConfig, build
+from kdlib_faces.commands.photographs import faces_of_photographs
 from kdlib_faces.teachers.onnx.runtime import providers_for
 from kdlib_faces.teachers.open import open_onnx
 from kdlib_faces.training.settings import TrainingConfig
 from kdlib_faces.training.speed import SpeedAdvice
 from tests.faces.cache_files import build_words, fails, make_faces, run, settings
+from tests.faces.detector_graph import detector, put_photograph
 
 SMALL = ("training.batch_size=4", "recipe.input_size=32", "recipe.width=0.25", "recipe.embedding_dim=16")
 
@@ -37,6 +39,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
     return chosen
 
 
@@ -142,21 +145,45 @@ def test_compile_reaches_the_networks_of_each_command(
     compiled.clear()
     assert run(*train(folder, tmp_path / "run", "--compile", *settings("training.steps=1"))) == 0
     assert set(compiled) == {"StudentAdapter"}
-    compiled.clear()
+
+
+def test_workers_and_compiled_networks_make_the_students_of_a_plain_demo(tmp_path: Path, compiled) -> None:
     tiny = [f"{part}_{what}=3" for part in ("general", "age", "test") for what in ("identities", "images")]
-    tiny += ["test_identities=8"]
-    tiny += [
-        "general_steps=1",
-        "age_steps=1",
-        "student_steps=1",
-        "batch_size=4",
-        "replicates=0",
-        "deployment=none",
-        "size=32",
-    ]
-    tiny += ["student.width=0.25", "student.embedding_dim=16", "general_window=40"]
-    assert run("demo", "--quiet", "--compile", "--output", tmp_path / "demo", *settings(*tiny)) == 0
+    tiny += ["test_identities=8", "general_steps=1", "age_steps=1", "student_steps=2", "batch_size=4", "replicates=0"]
+    tiny += ["deployment=none", "size=32", "student.width=0.25", "student.embedding_dim=16", "general_window=40"]
+    assert run("demo", "--quiet", "--output", tmp_path / "plain", *settings(*tiny)) == 0
+    assert not compiled
+    words = ["demo", "--quiet", "--workers", 1, "--compile", "--output", tmp_path / "other"]
+    assert run(*words, *settings(*tiny)) == 0
     assert "StudentAdapter" in compiled
+    plain, other = (load_backbone(tmp_path / name / "student.safetensors") for name in ("plain", "other"))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+def test_detectors_and_the_check_of_a_cache_run_on_the_device_or_not_at_all(
+    folder: Path, graph: Path, tmp_path: Path, capsys, two_gpus
+) -> None:
+    (tmp_path / "photographs").mkdir()
+    put_photograph(tmp_path / "photographs" / "1.png", {(1, 1): 250}, seed=0)
+    words = [
+        "align",
+        tmp_path / "photographs",
+        "--detector",
+        detector(tmp_path / "d.onnx"),
+        "--output",
+        tmp_path / "crops",
+    ]
+    assert "no execution provider 'CUDAExecutionProvider'" in fails(capsys, *words)
+    assert not (tmp_path / "crops").exists()
+    assert run(*words, "--device", "cpu") == 0
+    assert "device: cpu, " in capsys.readouterr().err
+    photographs = [tmp_path / "photographs" / "1.png"]
+    with pytest.raises(InputError, match="no execution provider 'CUDAExecutionProvider'"):  # of `embed` and `compare`
+        faces_of_photographs("images", photographs, tmp_path / "d.onnx", "largest", torch.device("cuda", 0))
+    assert run(*build_words(folder, graph, tmp_path / "cache", "--device", "cpu")) == 0
+    words = ["cache", "verify", tmp_path / "cache", "--data", folder / "faces.csv", "--teacher", graph]
+    assert "no execution provider 'CUDAExecutionProvider'" in fails(capsys, *words)
+    assert run(*words, "--device", "cpu") == 0
 
 
 def test_a_teacher_on_another_device_gives_the_same_cache(folder: Path, tmp_path: Path) -> None:

@@ -68,6 +68,26 @@ def test_two_processes_in_float64_differ_by_rounding(processes: dict[str, Any]) 
     assert sum(moved) > len(moved) / 2
 
 
+def test_one_two_three_and_one_processes_end_where_one_does(processes: dict[str, Any]) -> None:
+    """Each number of processes resumes from the checkpoint of the one before, in float64 and with sharded class centers."""
+    folder = processes["folder"]
+    text = (folder / "chain.txt").read_text()
+    assert processes["chain_one"] == [0], text
+    assert processes["chain"] == [[-signal.SIGTERM] * count for count in (1, 2, 3)] + [[0]], text
+    ways = (folder / "chain_one", folder / "chain")
+    one, chain = (read_log(way / "log.jsonl") for way in ways)
+    assert [row["step"] for row in chain] == [1, 2, 3, 4, 5, 6]
+    for first, second in zip(one, chain, strict=True):
+        assert sorted(second["terms"]) == ["attention", "embedding", "identity", "map"]
+        assert second["terms"] == pytest.approx(first["terms"], rel=1e-11, abs=1e-13)
+    steps = [int(path.stem.split("-")[1]) for path in (folder / "chain" / "checkpoints").glob("step-*.pt")]
+    assert max(steps) == 6
+    weights, others = (torch.load(way / "wide.pt") for way in ways)
+    for name, value in weights.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            torch.testing.assert_close(others[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
 def test_class_centers_in_chunks_over_two_processes_train_as_in_one(processes: dict[str, Any]) -> None:
     folder = processes["folder"]
     assert (processes["sharded_one"], processes["sharded_two"]) == ([0], [0, 0]), (

@@ -116,7 +116,7 @@ def test_a_cache_is_built_and_verified_as_stated(folder: Path, tmp_path: Path, c
     common = ["--data", str(folder / "faces.csv"), "--teacher", str(folder / "net.onnx"), "--quiet"]
     build = ["cache", "build", *common, "--output", str(tmp_path / "c"), "--dtype", "float32"]
     assert main([*build, "--input", BYTES]) == 0
-    teacher = open_onnx(folder / "net.onnx", images=InputOptions.parse(BYTES))
+    teacher = open_onnx(folder / "net.onnx", input_options=InputOptions.parse(BYTES))
     rows = TeacherCache.open(tmp_path / "c").read(torch.arange(24), torch.zeros(24, dtype=torch.int64))
     torch.testing.assert_close(rows["embedding"], teacher(_images(folder))["embedding"], rtol=1e-4, atol=1e-4)
     assert main(["cache", "verify", str(tmp_path / "c"), *common, "--rows", "4"]) == 0

@@ -35,6 +35,30 @@ def tiny_graph(path: Path, *, seed: int = 0, dim: int = 16) -> Path:
     return path
 
 
+def unit_graph(path: Path, size: int, dim: int = 16) -> Path:
+    """Write a teacher whose embeddings have unit length, with NaN for a black image: 0 divided by its length 0."""
+    matrix = np.random.default_rng(0).normal(0, 0.02, (3 * size * size, dim)).astype(np.float32)
+    weights = {"matrix": matrix, "one": np.float32(1), "shape": np.array([-1, len(matrix)])}
+    nodes = [
+        helper.make_node("Reshape", ["images", "shape"], ["flat"]),
+        helper.make_node("Add", ["flat", "one"], ["pixels"]),
+        helper.make_node("MatMul", ["pixels", "matrix"], ["product"]),
+        helper.make_node("ReduceL2", ["product"], ["length"], axes=[1], keepdims=1),
+        helper.make_node("Div", ["product", "length"], ["embedding"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "unit",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, size, size])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", dim])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
+    )
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8).SerializeToString()
+    )
+    return path
+
+
 RNG = np.random.default_rng(0)
 KERNEL = RNG.normal(0, 0.3, (4, 3, 3, 3)).astype(np.float32)
 SECOND = RNG.normal(0, 0.3, (4, 4, 3, 3)).astype(np.float32)

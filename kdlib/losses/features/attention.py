@@ -7,10 +7,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kdlib._checks import check_choice, check_floating, check_number, check_same_batch
+from kdlib._checks import check_choice, check_floating, check_number, check_prefix, check_same_batch
 from kdlib._layouts import possible_positions
 from kdlib._maths import Reduction, full_precision, hold_short, promote, promoted_dtype, reduce, rescale, unit_rows
-from kdlib.losses._checks import check_layout, check_prefix, check_square
+from kdlib.losses._checks import check_layout, check_square
 from kdlib.losses._layers import pool_to_smaller
 from kdlib.losses._module import FunctionLoss
 from kdlib.losses.features._energy import scaled_energy
@@ -54,7 +54,7 @@ def attention_map(
     check_floating(owner, features=features)
     layout = check_layout(owner, "features", features, layout, "layout", MAP_LAYOUTS)
     if layout == "bnd":
-        features = features[:, check_prefix(owner, "features", features, prefix_tokens, "prefix_tokens", ()) :]
+        features = features[:, check_prefix(owner, "features", features, prefix_tokens, "prefix_tokens") :]
         height, _ = check_square(owner, "features", features.shape[1])
         features = rearrange(features, "b (h w) c -> b c h w", h=height)
     elif layout == "bhwc":

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from kdlib._checks import check_callable, check_floating, check_number, check_rank, check_same_batch, check_shape
 from kdlib._maths import Reduction, full_precision, hold_short, promote, reduce, rescale
 from kdlib._repr import CallRepr
-from kdlib.losses._checks import check_batches, check_order, check_trained
+from kdlib.losses._checks import check_epoch, check_order, check_trained
 from kdlib.losses._layers import convolve, limit, mean_square_error, pool_to_smaller
 from kdlib.losses._module import LossModule
 
@@ -187,7 +187,7 @@ class Paraphraser(CallRepr):
                     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 optimizer.step()
                 values.append(loss.detach())
-            check_batches("Paraphraser", epoch, len(values))
+            check_epoch("Paraphraser", epoch, len(values))
             means.append(float(torch.stack(values).mean()))
         self.freeze()
         return means

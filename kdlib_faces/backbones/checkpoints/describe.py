@@ -211,10 +211,9 @@ def _own(owner: str, weights: Weights) -> tuple[str, Arguments, Arguments, Argum
 
 
 def with_header(owner: str, weights: Weights, key: str) -> Mapping[str, object]:
-    """Return the content of a file; of a safetensors file with a header `key`, the header and the tensors as `"state"`."""
+    """Return the entries of a file; of a safetensors file with a header `key`, the header and the tensors as `"state"`."""
     if key not in weights.metadata:
-        content: Mapping[str, object] = weights.content
-        return content
+        return weights.content if isinstance(weights.content, Mapping) else {}
     try:
         header = json.loads(weights.metadata[key])
     except (ValueError, RecursionError) as error:

@@ -79,7 +79,8 @@ def load_backbone(
             )
         raise InputError(f"{file.owner} does not fit {file.model.name}; {list_differences(file.differences)}{hint}")
     model = file.model
-    load_values(file.owner, model, file.names, file.unwrapped.state, file.weights.size)
+    tensors = {key: value for key, value in file.unwrapped.state.items() if isinstance(value, Tensor)}
+    load_values(file.owner, model, file.names, tensors, file.weights.size)
     model.input_spec = spec
     return model.eval()
 
@@ -105,13 +106,8 @@ def load_values(
     model.load_state_dict(values, assign=True)
 
 
-def _counter(value: object) -> Tensor:
+def _counter(value: Tensor | None) -> Tensor:
     """Return the number of batches of a BatchNorm; 0 if there is none, as in a file of half-precision values above 65504."""
-    if (
-        not isinstance(value, Tensor)
-        or value.numel() != 1
-        or value.layout != torch.strided
-        or value.device.type != "cpu"
-    ):
+    if value is None or value.numel() != 1 or value.layout != torch.strided or value.device.type != "cpu":
         return torch.zeros((), dtype=torch.int64)
     return value.detach().reshape(()).double().nan_to_num(0, 0, 0).clamp(0, 2**53).long()

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 from torch import Tensor
 
@@ -55,14 +55,14 @@ MIN_TENSORS = 20  # of a network, whose first name is removed if all tensors sha
 class Unwrapped:
     """A state dict without its wrappers."""
 
-    state: dict[str, Any]
+    state: dict[str, object]
     wrappers: tuple[str, ...]  # unwrapped entries, outermost first
     around: tuple[str, ...]  # other entries of the wrappers
     prefix: str
     beside: tuple[str, ...]  # ignored keys
 
 
-def unwrap(content: Mapping[Any, Any]) -> Unwrapped:
+def unwrap(content: Mapping[object, object]) -> Unwrapped:
     """Remove wrappers and prefixes: the known ones, the only entry that holds tensors, and a name that all tensors share.
 
     A prefix is removed only if all other tensors belong to a margin head or to another network, so that no part of the
@@ -78,15 +78,15 @@ def unwrap(content: Mapping[Any, Any]) -> Unwrapped:
     wrappers: list[str] = []
     around: list[str] = []
     while len(wrappers) < MAX_DEPTH:
-        holders = [key for key in content if isinstance(key, str) and _holds_tensors(content[key])]
+        holders = {key: each for key, each in content.items() if isinstance(key, str) and _holds_tensors(each)}
         name = next((key for key in WRAPPERS if key in holders), None)
         if name is None and len(holders) == 1 and not any(isinstance(value, Tensor) for value in content.values()):
-            name = holders[0]
+            (name,) = holders
         if name is None:
             break
         wrappers.append(name)
         around += [str(key) for key in content if key != name]
-        content = content[name]
+        content = holders[name]
     state = {str(key): value for key, value in content.items()}
     prefix, beside = "", []
     for _ in range(MAX_DEPTH):
@@ -108,9 +108,9 @@ def unwrap(content: Mapping[Any, Any]) -> Unwrapped:
     return Unwrapped(state, tuple(wrappers), tuple(around), prefix, tuple(beside))
 
 
-def _holds_tensors(value: object) -> bool:
+def _holds_tensors(value: object) -> TypeGuard[Mapping[object, object]]:
     """Return whether a mapping, or one below it in a known entry, has a tensor; a hostile file may contain cycles."""
-    seen, open_ = set[int](), [value]
+    seen, open_ = set[int](), list[object]([value])
     while open_:
         each = open_.pop()
         if isinstance(each, Mapping) and id(each) not in seen:

@@ -134,7 +134,23 @@ def published(name: str, network: type[N], layers: tuple[int, ...], about: str, 
     build.__name__ = build.__qualname__ = name
     build.__module__ = network.__module__
     build.__annotations__["return"] = network
-    build.__doc__ = f"`{network.__name__}` with blocks {layers}{about}."
+    build.__doc__ = f"""`{network.__name__}` with blocks {layers}{about}.
+
+    Args:
+        embedding_dim: Dimensions d of the embedding.
+        width: Factor on the channels.
+        input_size: Side of the square images, or (height, width), in pixels.
+        dropout: Probability of dropout before the embedding layer.
+
+    Returns:
+        The network with random weights, `(b, 3, h, w)` to `(b, d)`.
+
+    Examples:
+        >>> import torch
+        >>> from kdlib_faces.backbones import {name}
+        >>> {name}(embedding_dim=16, width=0.125, input_size=32).eval()(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 16])
+    """
     return build
 
 

@@ -166,5 +166,11 @@ class MBFFlat(MBF):
 def mbf(
     embedding_dim: int = 512, *, scale: int = 2, blocks: Sequence[int] = (1, 4, 6, 2), input_size: InputSize = 112
 ) -> MBF:
-    """insightface's `mbf`: `MBF` with scale 2, 2,059,520 parameters at 112 pixels and 512 dimensions."""
+    """insightface's `mbf`: `MBF` with scale 2, 2,059,520 parameters at 112 pixels and 512 dimensions.
+
+    Examples:
+        >>> import torch
+        >>> mbf(embedding_dim=16, scale=1, input_size=32).eval()(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 16])
+    """
     return MBF(embedding_dim, scale=scale, blocks=blocks, input_size=input_size)

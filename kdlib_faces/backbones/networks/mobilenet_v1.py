@@ -150,5 +150,11 @@ class MobileNetV1(Backbone):
 
 
 def mobilenet_v1_025(embedding_dim: int = 512, *, width: float = 0.25, input_size: InputSize = 112) -> MobileNetV1:
-    """`MobileNetV1` with a quarter of the width: 360,960 parameters at 112 pixels and 512 dimensions."""
+    """`MobileNetV1` with a quarter of the width: 360,960 parameters at 112 pixels and 512 dimensions.
+
+    Examples:
+        >>> import torch
+        >>> mobilenet_v1_025(embedding_dim=16, input_size=32).eval()(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 16])
+    """
     return MobileNetV1(embedding_dim, width=width, input_size=input_size)

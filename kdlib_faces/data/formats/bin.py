@@ -197,6 +197,13 @@ def save_bin(path: str | PathLike[str], images: Sequence[bytes], same: ArrayLike
 
     Raises:
         ValueError: There are not two images per label, no pair, or an image is not bytes.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "two.bin"
+        >>> save_bin(file, [b"a", b"b", b"c", b"d"], [True, False])
+        >>> load_bin(file)
+        <BinSet: 2 pairs, 1 genuine>
     """
     flags = np.asarray(same)
     if flags.ndim != 1 or not np.isin(flags, (0, 1)).all():

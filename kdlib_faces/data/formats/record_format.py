@@ -73,7 +73,13 @@ class RecordProperties(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class IdentityRanges:
-    """Images of each identity: `keys[k]` is an identity record, its images are `starts[k]` to `ends[k]` - 1."""
+    """Images of each identity: `keys[k]` is an identity record, its images are `starts[k]` to `ends[k]` - 1.
+
+    Attributes:
+        keys: `(k,)` int64, key of the record of each identity.
+        starts: `(k,)` int64, key of its first image.
+        ends: `(k,)` int64, key after its last image.
+    """
 
     keys: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -86,8 +92,18 @@ class IdentityRanges:
 def read_property(path: str | PathLike[str]) -> RecordProperties:
     """Read a `property` file: one line `number of identities,height,width`.
 
+    Returns:
+        The number of identities, and height and width in pixels.
+
     Raises:
         InputError: The file has another form.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "property"
+        >>> _ = file.write_text("85742,112,112\\n")
+        >>> read_property(file)
+        RecordProperties(num_identities=85742, height=112, width=112)
     """
     lines = [line for _, (_, line) in zip(range(2), read_lines(path, what="property file"), strict=False)]
     fields = [field.strip() for field in lines[0].split(",")] if len(lines) == 1 else []

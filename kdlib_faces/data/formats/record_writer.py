@@ -34,6 +34,17 @@ def save_records(
     Raises:
         ValueError: The numbers of identities and images differ, float32 cannot represent an identity, the images of an
             identity are not adjacent, or there is no image.
+
+    Examples:
+        >>> import tempfile
+        >>> from kdlib_faces.data import RecordReader
+        >>> file = Path(tempfile.mkdtemp()) / "train.rec"
+        >>> save_records(file, [b"first", b"second", b"third"], [0, 0, 1])
+        >>> records = RecordReader(file)
+        >>> len(records), records[1].image, records[1].identity
+        (3, b'second', 0)
+        >>> (file.parent / "property").read_text()
+        '2,112,112\\n'
     """
     target = Path(path)
     ranges: dict[int, list[int]] = {}

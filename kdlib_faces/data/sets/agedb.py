@@ -41,6 +41,9 @@ def parse_agedb_name(name: str) -> AgeDBName | None:
     The files of the raw set are commonly named in this way. We know of no published specification, so a name of another
     form is not an error.
 
+    Returns:
+        The parts, with the age in years and the sex `m` or `f`; None for a name of another form.
+
     Examples:
         >>> parse_agedb_name("123_AnnaExample_34_f.jpg")
         AgeDBName(number=123, name='AnnaExample', age=34, sex='f')
@@ -56,8 +59,23 @@ def parse_agedb_name(name: str) -> AgeDBName | None:
 def read_agedb(folder: str | PathLike[str]) -> FaceList:
     """List the images below a folder whose names `parse_agedb_name` parses, with their true ages.
 
+    Args:
+        folder: The folder; images may lie at any depth.
+
+    Returns:
+        FaceList sorted by path, with ages in years.
+
     Raises:
         InputError: There is no such image, or fewer than two identities.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("1_AnnaExample_20_f.jpg", "2_AnnaExample_50_f.jpg", "3_BobExample_34_m.jpg"):
+        ...     _ = (folder / name).write_bytes(b"")
+        >>> faces = read_agedb(folder)
+        >>> faces, faces.ages.tolist()
+        (<FaceList: 3 images, 2 identities, 3 ages>, [20.0, 50.0, 34.0])
     """
 
     def parse(name: str) -> tuple[str, float] | None:

@@ -15,6 +15,9 @@ def cacd_vs_pairs() -> ImagePairs:
     Pair k is `kkkk_0.jpg` and `kkkk_1.jpg`. Fold f is pairs 400 f to 400 f + 399, of which the first 200 are genuine. The
     names are anonymous, and ages are not given. `ImagePairs.locate` counts pairs whose images are missing.
 
+    Returns:
+        ImagePairs named `CACD-VS`.
+
     Examples:
         >>> pairs = cacd_vs_pairs()
         >>> pairs

@@ -28,16 +28,37 @@ def read_calfw_pairs(path: str | PathLike[str], *, published: bool = True, sha25
         published: Require the published 3,000 genuine and 3,000 impostor pairs; False reads a list of your own.
         sha256: Required SHA-256 of the file.
 
+    Returns:
+        ImagePairs named `CALFW`, without ages.
+
     Raises:
         InputError: A line has another form, the number of lines is odd, the labels of a pair disagree, the counts are not
             the published ones, or the file does not match `sha256`.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "pairs_CALFW.txt"
+        >>> _ = file.write_text("Ann_0001.jpg 1\\nAnn_0002.jpg 1\\nAnn_0001.jpg 0\\nBob_0001.jpg 0\\n")
+        >>> read_calfw_pairs(file, published=False)
+        <ImagePairs: CALFW, 2 pairs of 3 images, 1 genuine, 1 folds>
     """
     note = "; the list of CALFW was replaced on 2018-09-19, results on the two versions are not comparable"
     return _read(path, "CALFW", published, sha256, note)
 
 
 def read_cplfw_pairs(path: str | PathLike[str], *, published: bool = True, sha256: str | None = None) -> ImagePairs:
-    """Read the pair list of CPLFW (cross-pose LFW); format, folds and arguments are those of `read_calfw_pairs`."""
+    """Read the pair list of CPLFW (cross-pose LFW); format, folds and arguments are those of `read_calfw_pairs`.
+
+    Returns:
+        ImagePairs named `CPLFW`, without ages.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "pairs_CPLFW.txt"
+        >>> _ = file.write_text("Ann_1.jpg 1\\nAnn_2.jpg 1\\nAnn_1.jpg 0\\nBob_1.jpg 0\\n")
+        >>> read_cplfw_pairs(file, published=False)
+        <ImagePairs: CPLFW, 2 pairs of 3 images, 1 genuine, 1 folds>
+    """
     return _read(path, "CPLFW", published, sha256, "")
 
 

@@ -28,9 +28,26 @@ def read_cfp_pairs(
         kind: `"FP"` or `"FF"`.
         published: Require ten folds of 350 genuine and 350 impostor pairs; False reads a part of the set.
 
+    Returns:
+        ImagePairs named `CFP-FP` or `CFP-FF`, without ages.
+
     Raises:
         InputError: A file is missing, a line has another form, a number belongs to no image, or the counts are not the
             published ones.
+
+    Examples:
+        A set of two identities with one frontal and one profile image each, and one fold:
+
+        >>> import tempfile
+        >>> protocol = Path(tempfile.mkdtemp()) / "Protocol"
+        >>> fold = protocol / "Split" / "FP" / "01"
+        >>> fold.mkdir(parents=True)
+        >>> for letter, kind in (("F", "frontal"), ("P", "profile")):
+        ...     lines = [f"{k} ../Data/Images/00{k}/{kind}/01.jpg\\n" for k in (1, 2)]
+        ...     _ = (protocol / f"Pair_list_{letter}.txt").write_text("".join(lines))
+        >>> _ = (fold / "same.txt").write_text("1,1\\n2,2\\n"), (fold / "diff.txt").write_text("1,2\\n2,1\\n")
+        >>> read_cfp_pairs(protocol.parent, published=False)
+        <ImagePairs: CFP-FP, 4 pairs of 4 images, 2 genuine, 1 folds>
     """
     check_choice("read_cfp_pairs", "kind", kind, ("FP", "FF"))
     protocol = Path(folder) / "Protocol"

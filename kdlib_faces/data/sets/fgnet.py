@@ -26,6 +26,9 @@ class FGNetName(NamedTuple):
 def parse_fgnet_name(name: str) -> FGNetName | None:
     """Parse `sssAaa` and an optional letter, with or without a suffix; None for a name of another form.
 
+    Returns:
+        The parts, with the age in years; None for a name of another form.
+
     Examples:
         >>> parse_fgnet_name("001A43a.JPG")
         FGNetName(subject=1, age=43, letter='a')
@@ -45,8 +48,20 @@ def read_fgnet(folder: str | PathLike[str], *, published: bool = True) -> FaceLi
         folder: The folder.
         published: Require the published 1,002 images of 82 subjects; False reads a part of the set.
 
+    Returns:
+        FaceList with ages in years.
+
     Raises:
         InputError: There is no such image, or the counts are not the published ones.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> for name in ("001A02.JPG", "001A43a.JPG", "002A16.JPG"):
+        ...     _ = (folder / name).write_bytes(b"")
+        >>> faces = read_fgnet(folder, published=False)
+        >>> faces.identity_names, faces.ages.tolist()
+        (('001', '002'), [2.0, 43.0, 16.0])
     """
 
     def parse(name: str) -> tuple[str, float] | None:

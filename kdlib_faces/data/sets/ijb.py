@@ -66,8 +66,19 @@ def read_ijb(
         pairs: Whether to read the pairs of the 1:1 protocol, the largest list.
         published: Require the published counts; False reads a part of the set.
 
+    Returns:
+        IJBSet; a list whose file is absent is None, except the templates.
+
     Raises:
         InputError: There is no template list, or a reader of a list raises it.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "ijbc_face_tid_mid.txt").write_text("1.jpg 10 70\\n2.jpg 10 71\\n3.jpg 25 72\\n")
+        >>> _ = (folder / "ijbc_template_pair_label.txt").write_text("10 25 0\\n")
+        >>> read_ijb(folder, published=False)
+        <IJBSet: IJB-C, 3 images, 1 pairs>
     """
     check_choice("read_ijb", "name", name, ("IJB-B", "IJB-C"))
     short = name.replace("-", "").lower()

@@ -108,9 +108,20 @@ def read_ijb_templates(path: str | PathLike[str], *, published: Published = None
         path: The file.
         published: The set whose published counts the file must have; None accepts any counts.
 
+    Returns:
+        IJBTemplates of n images, in the order of the file.
+
     Raises:
         InputError: A line has another form, an image occurs twice, the file is empty, or the counts are not the published
             ones.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "ijbc_face_tid_mid.txt"
+        >>> _ = file.write_text("1.jpg 10 70\\n2.jpg 10 71\\n3.jpg 25 72\\n")
+        >>> templates = read_ijb_templates(file)
+        >>> templates.images, templates.template_ids.tolist()
+        (('1.jpg', '2.jpg', '3.jpg'), [10, 10, 25])
     """
     check_choice("ijb", "published", published or "IJB-C", tuple(IMAGES))
     images: list[str] = []
@@ -140,9 +151,20 @@ def read_ijb_pairs(
             zeros silently compare such pairs with an empty template.)
         published: The set whose published counts the file must have; None accepts any counts.
 
+    Returns:
+        IJBPairs of p pairs, in the order of the file.
+
     Raises:
         InputError: A line has another form (the message gives its number), a label is neither 0 nor 1, a template is
             unknown, or the counts are not the published ones.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "ijbc_template_pair_label.txt"
+        >>> _ = file.write_text("10 25 0\\n10 31 1\\n")
+        >>> pairs = read_ijb_pairs(file)
+        >>> pairs.left.tolist(), pairs.right.tolist(), pairs.same.tolist()
+        ([10, 10], [25, 31], [False, True])
     """
     check_choice("ijb", "published", published or "IJB-C", tuple(IMAGES))
     known = None if templates is None else np.unique(templates.template_ids)
@@ -184,9 +206,20 @@ def read_ijb_landmarks(
         templates: The set's templates, whose images must then be the same in the same order.
         published: The set whose published counts the file must have; None accepts any counts.
 
+    Returns:
+        IJBLandmarks: points `(n, 5, 2)` in pixels and scores `(n,)`.
+
     Raises:
         InputError: A line has another form, a number is not finite, an image occurs twice, the images are not those of
             `templates`, or the counts are not the published ones.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "ijbc_name_5pts_score.txt"
+        >>> _ = file.write_text("1.jpg 38 52 74 52 56 72 42 92 71 92 0.99\\n")
+        >>> landmarks = read_ijb_landmarks(file)
+        >>> landmarks.points.shape, landmarks.points[0, 0].tolist()
+        ((1, 5, 2), [38.0, 52.0])
     """
     check_choice("ijb", "published", published or "IJB-C", tuple(IMAGES))
     images: list[str] = []
@@ -232,9 +265,20 @@ def read_ijb_subjects(
         templates: The set's templates; another one is then an error.
         published: The list whose published count the file must have; None accepts any count.
 
+    Returns:
+        IJBSubjects of m templates, each once.
+
     Raises:
         InputError: There is no header, a row has another form, a template has two subjects or is unknown, or the count is
             not the published one.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "ijbc_1N_gallery_G1.csv"
+        >>> _ = file.write_text("TEMPLATE_ID,SUBJECT_ID,FILENAME\\n10,1,1.jpg\\n10,1,2.jpg\\n25,2,3.jpg\\n")
+        >>> gallery = read_ijb_subjects(file)
+        >>> gallery.template_ids.tolist(), gallery.subject_ids.tolist()
+        ([10, 25], [1, 2])
     """
     check_choice("read_ijb_subjects", "published", published or "IJB-C G1", tuple(SUBJECTS))
     subjects: dict[int, int] = {}

@@ -43,6 +43,16 @@ def read_lfw_pairs(path: str | PathLike[str]) -> ImagePairs:
     Raises:
         InputError: A line has another form, an impostor pair names one identity twice, or the number of pairs differs from
             the first line; the message names the line or fold.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "pairs.txt"
+        >>> _ = file.write_text("2\\t1\\nAnn\\t1\\t2\\nAnn\\t1\\tBob\\t1\\nCy\\t1\\t2\\nCy\\t3\\tBob\\t2\\n")
+        >>> pairs = read_lfw_pairs(file)
+        >>> pairs
+        <ImagePairs: LFW-type pairs, 4 pairs of 7 images, 2 genuine, 2 folds>
+        >>> pairs.images[0], pairs.same.tolist()
+        ('Ann/Ann_0001.jpg', [True, False, True, False])
     """
     pairs: list[tuple[str, str, bool]] = []
     announced: tuple[int, ...] = ()
@@ -119,7 +129,7 @@ def _folder(image: str) -> str:
 
 
 def _distinct_parts(images: list[str]) -> int:
-    """The smallest number of trailing parts of the paths that tells the images apart."""
+    """The smallest number of trailing parts of the paths that identifies each image."""
     paths = {PurePosixPath(image).parts for image in images}
     depth = max(map(len, paths), default=1)
     return next((count for count in range(1, depth) if len({path[-count:] for path in paths}) == len(paths)), depth)

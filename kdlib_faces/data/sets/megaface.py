@@ -36,6 +36,13 @@ def read_feature_file(path: str | PathLike[str]) -> NDArray[np.float32]:
 
     Raises:
         InputError: The header is another one, the numbers are fewer or more than it announces, or one is not finite.
+
+    Examples:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "001A02.JPG_net.bin"
+        >>> write_feature_file(file, [0.6, 0.8])
+        >>> read_feature_file(file)
+        array([0.6, 0.8], dtype=float32)
     """
     with opened(path, "feature file") as stream:
         head = stream.read(_HEADER.size)
@@ -58,8 +65,19 @@ def read_feature_file(path: str | PathLike[str]) -> NDArray[np.float32]:
 def write_feature_file(path: str | PathLike[str], feature: ArrayLike) -> None:
     """Write the feature of one image for the development kit, which compares by distance: normalize features first.
 
+    Args:
+        path: The file, which appears under its name only when it is complete.
+        feature: `(d,)` finite numbers, written as float32.
+
     Raises:
         ValueError: `feature` is not (d,) or not finite.
+
+    Examples:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "001A02.JPG_net.bin"
+        >>> write_feature_file(file, [0.6, 0.8])
+        >>> file.stat().st_size  # 16 bytes of header and two float32
+        24
     """
     array = np.asarray(feature, dtype="<f4")
     if array.ndim != 1 or not array.size or not np.isfinite(array).all():
@@ -91,9 +109,22 @@ class TemplateList:
 def read_template_list(path: str | PathLike[str]) -> TemplateList:
     """Read a list such as `fgnet_features_list.json`: an object with arrays `path` and, for probes, `id`.
 
+    Args:
+        path: The JSON file.
+
+    Returns:
+        TemplateList; without `id`, as in lists of distractors, its `ids` are None.
+
     Raises:
         InputError: The file is another one or above 512 MiB, a path occurs twice or lies outside the set, or the arrays
             have different lengths.
+
+    Examples:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "probes.json"
+        >>> _ = file.write_text('{"path": ["a/1.jpg", "a/2.jpg", "b/1.jpg"], "id": ["a", "a", "b"]}')
+        >>> read_template_list(file)
+        <TemplateList: 3 images, 2 identities>
     """
     raw = read_whole(path, "template list", MAX_LIST)
     try:
@@ -126,6 +157,15 @@ class FeatureSet:
         missing: `"error"` stops at the first missing file. `"skip"` omits it, and `present()` returns which files exist:
             report their number, because copies of the distractors are often incomplete.
         progress: Wraps an iterable and a label, as `kdlib_faces.progress.progress` does.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_feature_file(folder / "1.jpg_net.bin", [0.6, 0.8])
+        >>> write_feature_file(folder / "2.jpg_net.bin", [1.0, 0.0])
+        >>> features = FeatureSet(folder, TemplateList(("1.jpg", "2.jpg", "3.jpg")), suffix="_net.bin", missing="skip")
+        >>> [shard.shape for shard in features], features.present().tolist()
+        ([(2, 2)], [True, True, False])
     """
 
     folder: Path

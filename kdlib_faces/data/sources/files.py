@@ -2,14 +2,13 @@
 
 import math
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.text import read_table
-from kdlib_faces.data.image_files import scan_folder
+from kdlib_faces.data.image_files import describe_skipped, describe_suffixes, scan_folder
 
 __all__ = ["FileRow", "csv_rows", "folder_rows", "parse_age"]
 
@@ -68,7 +67,7 @@ def folder_rows(folder: Path, notes: list[str], *, unlabeled: bool) -> Iterator[
     if lost:
         files = [file for file in others if lost[0] in file.relative_to(folder).parts[:1]]
         raise InputError(
-            f"{folder}: no file of the identity {lost[0]!r} is an image that can be read ({_suffixes(files)})"
+            f"{folder}: no file of the identity {lost[0]!r} is an image that can be read ({describe_suffixes(files)})"
             f"{f', nor of {len(lost) - 1} more' if len(lost) > 1 else ''}; convert the files, or remove the folder"
         )
     if not found and not (unlabeled and loose):
@@ -78,7 +77,7 @@ def folder_rows(folder: Path, notes: list[str], *, unlabeled: bool) -> Iterator[
     if empty := sorted(folders - set(found)):
         notes.append(f"{folder}: {len(empty):,} folders are empty, such as {empty[0]!r}")
     if others:
-        notes.append(f"{folder}: {len(others):,} files are no images and were skipped ({_suffixes(others)})")
+        notes.append(describe_skipped(folder, others))
     if loose and not unlabeled:
         notes.append(f"{folder}: {len(loose):,} images belong to no identity and were skipped, such as {loose[0].name}")
     for name, files in sorted(found.items()):
@@ -86,11 +85,6 @@ def folder_rows(folder: Path, notes: list[str], *, unlabeled: bool) -> Iterator[
             yield FileRow(str(folder), file, name, math.nan, "")
     for file in loose if unlabeled else ():
         yield FileRow(str(folder), file, "", math.nan, "")
-
-
-def _suffixes(files: Sequence[Path]) -> str:
-    counts = Counter(file.suffix.lower() or "no suffix" for file in files)
-    return f"{', '.join(f'{name} {count:,}' for name, count in counts.most_common(5))}, such as {files[0]}"
 
 
 def _check_depth(folder: Path, found: dict[str, list[Path]], notes: list[str]) -> None:

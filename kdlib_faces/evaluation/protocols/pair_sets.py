@@ -20,6 +20,10 @@ class PairSet:
         name: Name as in the `.bin` sets.
         pairs: Number of pairs, in 10 folds with equally many genuine and impostor pairs.
         note: What the figure means and does not mean.
+
+    Examples:
+        >>> PAIR_SETS["cfp_fp"]
+        PairSet(name='cfp_fp', pairs=7000, note='')
     """
 
     name: str

@@ -67,7 +67,17 @@ def wilson_estimate(hits: BoolArray, *, level: float = 0.95) -> "Estimate":
 
 @dataclass(frozen=True)
 class Sampling:
-    """Number and seed of the resamples behind the intervals, and the confidence of the intervals."""
+    """Number and seed of the resamples behind the intervals, and the confidence of the intervals.
+
+    Attributes:
+        replicates: Number of resamples.
+        seed: Seed of the resamples.
+        level: Confidence of the intervals, in (0, 1).
+
+    Examples:
+        >>> Sampling(replicates=1000, level=0.9)
+        Sampling(replicates=1000, seed=0, level=0.9)
+    """
 
     replicates: int = 500
     seed: int = 0

@@ -23,6 +23,11 @@ class Outcomes:
         hits: (n,) whether each observation counts for the rate.
         identities: The two identities of each observation, (n,) each; None to resample observations.
         verb: What a hit is: `"correct"` or `"rejected"`.
+
+    Examples:
+        >>> outcomes = Outcomes(np.array([True, True, False]), identities=None)
+        >>> float(outcomes.hits.mean()), outcomes.verb
+        (0.6666666666666666, 'correct')
     """
 
     hits: BoolArray

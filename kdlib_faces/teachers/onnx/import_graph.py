@@ -85,6 +85,15 @@ def restore_statistics(model: nn.Module, images: Tensor, *, batch: int = 64) -> 
 
     Raises:
         ValueError, TypeError: The images have another shape or type, or there are fewer than two.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+        >>> images = torch.rand(8, 3, 6, 6)
+        >>> before = model(images)
+        >>> restore_statistics(model, images)
+        >>> bool(model[1].running_mean.abs().sum() > 0), torch.allclose(model(images), before, atol=1e-5)
+        (True, True)
     """
     check_floating("restore_statistics", images=images)
     check_rank("restore_statistics", "images", images, "b 3 h w")

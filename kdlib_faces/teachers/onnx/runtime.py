@@ -187,10 +187,14 @@ def as_vectors(array: np.ndarray) -> np.ndarray:
     return array.reshape(len(array), prod(shape[1:])) if wrapped else array
 
 
-def find_embedding(graph: Graph) -> str:
+def find_embedding(graph: Graph, *, vector: bool = False) -> str:
     """Return the first output of the graph that holds a vector for each image, or else the first output.
 
     Norms and qualities `(b, 1)` are not embeddings.
+
+    Args:
+        graph: From `read_graph`.
+        vector: Whether a graph of several outputs, none of which holds a vector, is an error.
 
     Raises:
         InputError: The graph declares no output that it computes, or does not run.
@@ -203,7 +207,14 @@ def find_embedding(graph: Graph) -> str:
         return outputs[0]
     shapes = {name: as_vectors(array).shape for name, array in trace(graph, outputs).items()}
     vectors = (name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == 1 and shape[1] > 1)
-    return next(vectors, outputs[0])
+    found = next(vectors, None if vector else outputs[0])
+    if found is None:
+        listed = ", ".join(f"{name} {shape}" for name, shape in list(shapes.items())[:4])
+        raise InputError(
+            f"{graph.path} is no face recognition network: none of its {len(outputs)} outputs holds one vector for each image, "
+            f"got {listed}{', ...' if len(outputs) > 4 else ''}; a face detector is given as --detector"
+        )
+    return found
 
 
 def find_tensor(graph: Graph, name: str, tap: OnnxTap) -> str:
@@ -218,7 +229,7 @@ def find_tensor(graph: Graph, name: str, tap: OnnxTap) -> str:
         InputError: No node computes such a tensor; the message lists the nearest names.
     """
     if tap is None or tap == OUTPUT:
-        return find_embedding(graph)
+        return find_embedding(graph, vector=True)
     tensor: object = tap
     if isinstance(tap, Tap):
         outputs = {at: value.name for at, value in enumerate(graph.model.graph.output)}

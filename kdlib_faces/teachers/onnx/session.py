@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kdlib import OUTPUT
 from kdlib._checks import check_callable, check_choice, check_floating, check_number, check_rank
-from kdlib_faces._checks import InputError
+from kdlib_faces._checks import InputError, NotFiniteError
 from kdlib_faces.backbones import InputSpec
 from kdlib_faces.teachers.onnx.graph import Graph, Layout, file_errors, read_graph, show_shape
 from kdlib_faces.teachers.onnx.preprocessing import callable_id, recognize_input
@@ -194,9 +194,8 @@ class OnnxTeacher(nn.Module):
             features[name] = array.astype(np.float32, copy=False)
             finite = np.isfinite(features[name]).reshape(len(array), -1).all(1)
             if not finite.all():
-                raise InputError(
-                    f"OnnxTeacher: tap {name!r}: {self.path} gives NaN or infinity for image {np.argmin(finite)}"
-                )
+                problem = f"OnnxTeacher: tap {name!r}: {self.path} returns NaN or infinity"
+                raise NotFiniteError(problem, int(np.argmin(finite)))
         return features
 
     def _probe(self, graph: Graph, session: Session) -> tuple[int | None, dict[str, tuple[int, ...]]]:
@@ -297,6 +296,8 @@ class OnnxTeacher(nn.Module):
                 chunk = np.concatenate([chunk, np.repeat(chunk[-1:], step - count, axis=0)])
             try:
                 features = self._run(graph, session, chunk)
+            except NotFiniteError as error:
+                raise NotFiniteError(error.problem, start + error.row) from error
             except InputError as error:
                 where = f" (images {start} to {start + count - 1} of {len(array)})" if len(array) > step else ""
                 raise InputError(f"{error}{where}") from error

@@ -1,13 +1,31 @@
-"""Options of the commands export, embed and compare."""
+"""Options that belong to one command or two: align, export, embed and compare."""
 
 from argparse import ArgumentParser
 from pathlib import Path
 
-__all__ = ["add_options"]
+__all__ = ["add_align_options", "add_deployment_options"]
 
 
-def add_options(export: ArgumentParser, embed: ArgumentParser, compare: ArgumentParser) -> None:
-    """Add the options that the command line does not share with other commands."""
+def add_align_options(parser: ArgumentParser) -> None:
+    """Add the options of align that no other command has."""
+    text = "folder of photographs; identities are its subfolders"
+    parser.add_argument("photographs", type=Path, metavar="PHOTOS", help=text)
+    text = "face detector: YuNet (2023) or SCRFD with landmarks"
+    parser.add_argument("--detector", type=Path, required=True, metavar="ONNX", help=text)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the crops and lists")
+    text = "which of several faces to crop: the largest, the one nearest to the center, all, or none (largest)"
+    parser.add_argument("--several", choices=("largest", "center", "all", "refuse"), help=text)
+    text = "photographs without a face: leave out, keep at the size of a crop, or stop (skip)"
+    parser.add_argument("--no-face", choices=("skip", "keep-resized", "stop"), help=text)
+    parser.add_argument("--min-score", metavar="N", help="lower limit of the score of a face (0.6)")
+    parser.add_argument("--min-size", metavar="PIXELS", help="lower limit of the size of a face in the photograph (16)")
+    parser.add_argument("--config", type=Path, metavar="TOML", help="file of settings; --set overrides it")
+    text = "change a setting, such as size, format=jpg, detector_size, low_score; repeatable"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text, dest="settings")
+
+
+def add_deployment_options(export: ArgumentParser, embed: ArgumentParser, compare: ArgumentParser) -> None:
+    """Add the options of export, embed and compare that no other command has."""
     export.add_argument("model", type=Path, metavar="MODEL", help=".safetensors or .pt; .onnx for int8 and float16")
     text = "float32 graph, int8 or float16 graph, or torch.export program (onnx)"
     export.add_argument("--format", choices=("onnx", "int8", "float16", "torch"), default="onnx", help=text)
