@@ -340,6 +340,25 @@ def test_norms_are_folded_where_the_layer_has_no_other_reader():
     assert isinstance(shrink(prepared(Inverted), [images()], keep=1.0, fold_norms=True).norm, nn.Identity)
 
 
+@pytest.mark.parametrize("shared", ["conv", "norm"])
+def test_norms_of_layers_that_are_called_twice_stay(shared):
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 6, 1) for _ in range(2))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(2))
+            layers = self.convs if shared == "conv" else self.norms
+            layers[1] = layers[0]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norms[0](self.convs[0](x)) + self.norms[1](self.convs[1](2 * x))
+
+    model = prepared(Shared)
+    whole = shrink(model, [images()], keep=1.0, fold_norms=True)
+    assert all(isinstance(norm, nn.BatchNorm2d) for norm in whole.norms)
+    torch.testing.assert_close(outputs(whole, images(4, 2)), outputs(model, images(4, 2)))
+
+
 def test_blocks_are_dropped():
     model = prepared(Residual)
     with torch.no_grad():

@@ -24,7 +24,8 @@ def test_cka_is_invariant_to_rotation_scale_and_offset_and_zero_for_constants() 
     x, y = _pair(1)
     rotation = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(2))).Q
     torch.testing.assert_close(linear_cka(x, 5 * y @ rotation + 3), linear_cka(x, y))
-    assert float(linear_cka(x, torch.ones(30, 2))) == 0.0
+    for constant in (0.0, 1.0):
+        assert float(linear_cka(x, torch.full((30, 2), constant))) == 0.0
 
 
 def test_cka_of_two_samples_is_one_however_close_they_are() -> None:

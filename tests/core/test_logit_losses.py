@@ -169,6 +169,15 @@ def test_logits_of_few_classes(classes: int) -> None:
         assert (value.item() == 0) == (classes == 1)
 
 
+def test_soft_targets_of_a_rare_class_have_the_precision_of_float64() -> None:
+    """A class of the probability 1e-4, which the student finds e times as likely: log(1 + (e - 1) p) - p."""
+    p = 1e-4
+    student, teacher = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    rare = torch.tensor([[math.log(p / (1 - p)), 0.0]], dtype=torch.float64)
+    value = soft_target(student + rare, teacher + rare, temperature=1.0)
+    assert value.item() == pytest.approx(math.log1p(math.expm1(1) * p) - p, rel=1e-11)
+
+
 def test_soft_targets_with_large_gaps() -> None:
     for gap in (20.0, 120.0, 1e4):
         student, teacher = torch.tensor([[gap, 0.0]]), torch.tensor([[0.0, gap]])

@@ -75,6 +75,7 @@ def test_val_in_grid_mode_is_the_published_procedure(seed: int, far: float) -> N
 def test_val_accepts_nothing_if_the_grid_never_reaches_the_far() -> None:
     assert grid_at_far(np.array([3.9995, 4.0]), 0.5) == 0.0
     assert grid_at_far(np.array([0.5, 1.5]), 1.0) == pytest.approx(3.999)
+    assert grid_at_far(np.array([3.9985, 4.0]), 0.25) == pytest.approx(3.9985)  # halfway from 3.998 to the last point
     assert exact_at_far(np.array([0.5, 1.5]), 1.0) == np.inf
 
 

@@ -20,8 +20,9 @@ def test_embeddings_must_have_the_rows_of_identities_and_ages() -> None:
             protocol.evaluate(np.vstack([ROWS, ROWS[:1]]))
 
 
-def test_folds_of_unequal_size_count_alike() -> None:
-    folds = np.repeat([0, 1, 2], [4, 4, 24])
+@pytest.mark.parametrize("sizes", [(4, 4, 24), (10, 11, 11)])
+def test_folds_of_unequal_size_count_alike(sizes: tuple[int, ...]) -> None:
+    folds = np.repeat([0, 1, 2], sizes)
     protocol = PairProtocol(LEFT, RIGHT, LEFT % 2 == 0, folds, identities=CODES, replicates=20)
     result = protocol.evaluate(np.random.default_rng(5).normal(size=ROWS.shape))
     weights = 1 / np.bincount(folds)[folds]

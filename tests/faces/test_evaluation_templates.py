@@ -229,3 +229,9 @@ def test_ids_of_every_integer_type_are_distinguished(dtype: Any) -> None:
     protocol = TemplateVerificationProtocol(ids, np.arange(5), np.array([7, 8, 9], dtype), right, [1, 0, 0])
     with pytest.raises(ValueError, match="left must be in template_ids, got 8 in entry 1"):
         protocol.verify(pooled)
+
+
+def test_an_unknown_id_beside_a_single_template_is_refused() -> None:
+    for other in (3, 5):
+        with pytest.raises(ValueError, match=f"right must be in template_ids, got {other} in entry 1"):
+            template_verification(np.eye(2), [4, 4], [0, 1], [4, 4], [4, other], [1, 0])
