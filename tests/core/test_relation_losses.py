@@ -158,6 +158,34 @@ def test_pkt_of_nearly_equal_features_is_as_precise_as_in_float64() -> None:
     torch.testing.assert_close(pkt(student.float(), teacher.float()).double(), exact, rtol=5e-4, atol=0)
 
 
+def test_pkt_gradient_of_nearly_opposite_rows_equals_that_of_the_definition() -> None:
+    """The probabilities of the two rows are near the epsilon of the logarithm."""
+
+    def definition(student: Tensor, teacher: Tensor) -> Tensor:
+        kernels = [1 + unit @ unit.T for unit in (F.normalize(x, dim=1) for x in (student, teacher))]
+        p_s, p_t = (kernel / kernel.sum(1, keepdim=True) for kernel in kernels)
+        return (p_t * ((p_t + 1e-7) / (p_s + 1e-7)).log()).mean()
+
+    student, teacher = torch.eye(4, 5, dtype=torch.float64), noise(4, 5)
+    student[2, 0] = 0.3
+    for apart in (1e-2, 1e-3, 3e-4):
+        student[1, :2] = torch.tensor([-1, apart])
+        expected = gradient(definition, student, teacher)
+        torch.testing.assert_close(gradient(pkt, student, teacher), expected, rtol=0, atol=1e-8 * expected.norm().item())
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 0.5, 1.0, 0.0])])
+@pytest.mark.parametrize("name", RELATIONS)
+def test_gradients_of_nearly_equal_and_nearly_opposite_rows(name: str, weight: Tensor | None) -> None:
+    student, teacher = noise(5, 6), noise(5, 6, seed=1)
+    student[1], student[3] = -student[0], student[2]
+    student[[1, 3], 0] += 0.02
+    loss = function_of(name)
+    assert torch.autograd.gradcheck(
+        lambda x: loss(x, teacher, weight=weight), (student.requires_grad_(),), atol=1e-5, rtol=1e-5
+    )
+
+
 def test_similarities_of_large_negative_features_are_finite() -> None:
     student, teacher = 1e30 * noise(4, 3).abs().float(), noise(4, 3, seed=1).float()
     expected = similarity_preserving(student, teacher)
