@@ -202,3 +202,16 @@ def test_a_layer_with_more_inputs_than_examples_is_refitted_with_an_intercept() 
     assert steps[-1].error < 0.5 * steps[-1].error_before
     torch.testing.assert_close(student(x).mean(0), model(x).mean(0), rtol=0, atol=1e-6)
     assert (student(x) - model(x)).square().mean() < 1e-3 * model(x).var(0).mean()
+
+
+@pytest.mark.parametrize("criterion", ["reconstruction", "energy"])
+def test_channels_of_a_large_mean_are_chosen_by_their_variance(criterion: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1))
+    spread = torch.tensor([1.0, 1.2, 0.5, 0.9, 0.7, 1.1])
+    with torch.no_grad():
+        model[0].weight.copy_(spread.diag())
+        model[0].bias.fill_(1e4)
+        model[2].weight.fill_(1)
+    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    student = shrink(model, x.split(100), widths={"0": 4}, criterion=criterion)
+    assert torch.equal(student[0].weight, model[0].weight[[0, 1, 3, 5]])
