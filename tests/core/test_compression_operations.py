@@ -160,7 +160,7 @@ def test_the_channels_of_each_part_of_a_concatenation_are_chosen_by_their_use(fl
 class Sum(nn.Module):
     """Two branches of the same features, of which the second has a dead channel, and a BatchNorm at its end."""
 
-    def __init__(self, *, norm: bool) -> None:
+    def __init__(self, *, norm: nn.BatchNorm2d | None) -> None:
         super().__init__()
         self.c, self.d = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
         self.d.load_state_dict(self.c.state_dict())
@@ -168,22 +168,23 @@ class Sum(nn.Module):
             self.d.weight[5], self.d.bias[5] = 0, 0
             self.c.weight[5], self.c.bias[5] = 0, 0
         self.a, self.b, self.last = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 3, 1)
-        self.norm = nn.BatchNorm2d(4) if norm else None
-        if self.norm is not None:
-            nn.init.uniform_(self.norm.weight, -2, -0.5)
-            self.norm.running_var.uniform_(0.5, 3)
+        self.norm = norm
+        if norm is not None:
+            norm.running_var.uniform_(0.5, 3)
+        if norm is not None and norm.affine:
+            nn.init.uniform_(norm.weight, -2, -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.a(F.relu(self.c(x))), self.b(F.relu(self.d(x)))
         return self.last(torch.tanh(left + (right if self.norm is None else self.norm(right))))
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_the_end_of_a_branch_corrects_the_error_of_the_sum(norm: bool) -> None:
+@pytest.mark.parametrize("affine", [None, False, True])
+def test_the_end_of_a_branch_corrects_the_error_of_the_sum(affine: bool | None) -> None:
     """The first branch loses all features but one, of which the second has copies."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        model = Sum(norm=norm).double().eval()
+        model = Sum(norm=None if affine is None else nn.BatchNorm2d(4, affine=affine)).double().eval()
     student = shrink(model, images(200).split(50), widths={"c": 1, "d": 7})
     assert (student.c.out_channels, student.d.out_channels) == (1, 7)
     torch.testing.assert_close(student(images(8, 1)), model(images(8, 1)), rtol=1e-2, atol=1e-3)
@@ -215,3 +216,24 @@ def test_channels_of_a_large_mean_are_chosen_by_their_variance(criterion: str) -
     x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
     student = shrink(model, x.split(100), widths={"0": 4}, criterion=criterion)
     assert torch.equal(student[0].weight, model[0].weight[[0, 1, 3, 5]])
+
+
+def test_two_channels_become_one() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.PReLU(2), nn.Conv2d(2, 3, 1)).double().eval()
+    student = shrink(model, [images(8)], keep=0.5)
+    assert (student[1].num_features, student[1].weight.numel(), student[1].running_mean.numel()) == (1, 1, 1)
+    assert (student[2].num_parameters, student[2].weight.numel()) == (1, 1)
+
+
+def test_a_grouped_convolution_with_more_inputs_than_examples_is_refitted() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        model = nn.Sequential(nn.Conv2d(4, 40, 1), nn.ReLU(), nn.Conv2d(40, 6, 3, groups=2)).double().eval()
+    x = torch.randn(12, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    steps = []
+    student = shrink(model, [x], widths={"0": 30}, on_step=steps.append)
+    assert (steps[-1].layer, student[2].groups, student[2].in_channels) == ("2", 2, 30)
+    assert steps[-1].error < 0.8 * steps[-1].error_before
+    torch.testing.assert_close(student(x), model(x), rtol=0, atol=1e-2)

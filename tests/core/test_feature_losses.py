@@ -119,7 +119,7 @@ def test_attention_of_three_four_five() -> None:
 
 def test_attention_map_against_reference() -> None:
     features = noise(2, 3, 4, 5)
-    for p in (1, 2, 2.5, 4):
+    for p in (1, 2, 2.5, 3):
         expected = reference.attention_map(features.numpy(), p)
         np.testing.assert_allclose(attention_map(features, p).numpy(), expected, rtol=1e-12)
     assert attention_map(features.half()).dtype == torch.float32

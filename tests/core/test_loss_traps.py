@@ -227,7 +227,9 @@ def test_float16_gradients_do_not_overflow() -> None:
     assert torch.isfinite(gradient(hierarchical_context, torch.zeros(1, 1, 4, 4).half(), teacher)).all()
     # The mean of a level has a gradient up to a quarter of the largest number times a quarter of the 8 values.
     for size, steep in ((3e4, False), (3.5e4, True)):
-        slope = gradient(hierarchical_context, torch.full((1, 2, 2, 2), size).half(), torch.zeros(1, 2, 2, 2), levels=(1,))
+        slope = gradient(
+            hierarchical_context, torch.full((1, 2, 2, 2), size).half(), torch.zeros(1, 2, 2, 2), levels=(1,)
+        )
         assert slope.float().unique().tolist() == pytest.approx([size / 6 if steep else size / 4], rel=1e-3)
     assert torch.isfinite(gradient(dark_rank, 300 * noise(6, 32).sign().half(), noise(6, 4, seed=1))).all()
     near = noise(6, 32, dtype=torch.float16)

@@ -171,7 +171,9 @@ def test_pkt_gradient_of_nearly_opposite_rows_equals_that_of_the_definition() ->
     for apart in (1e-2, 1e-3, 3e-4):
         student[1, :2] = torch.tensor([-1, apart])
         expected = gradient(definition, student, teacher)
-        torch.testing.assert_close(gradient(pkt, student, teacher), expected, rtol=0, atol=1e-8 * expected.norm().item())
+        torch.testing.assert_close(
+            gradient(pkt, student, teacher), expected, rtol=0, atol=1e-8 * expected.norm().item()
+        )
 
 
 @pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 0.5, 1.0, 0.0])])

@@ -55,6 +55,7 @@ PAIRS = [
     (partial(partial(soft_target, temperature=2.0), divergence="reverse_kl"), SoftTargetLoss(temperature=2.0, divergence="reverse_kl")),
     (partial(soft_target, temperature=linear(4.0, 1.0, 4)), SoftTargetLoss(temperature=linear(4.0, 1.0, 4))),
     (rkd_distance, RKDDistanceLoss()),
+    (partial(hint, reduction="mean"), HintLoss(reduction="mean")),
     (partial(decoupled_kd, beta=2.0), DecoupledKDLoss(beta=2.0)),
 ]  # fmt: skip
 

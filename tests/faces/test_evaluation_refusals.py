@@ -249,6 +249,11 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], Cases]] = [
     (positives_first_folds, {"same": SAME}, [
         ({"same": [1] * 3 + [0] * 40}, "same must hold 10 pairs of each kind, got 3 of True"),
     ]),
+    (evaluation.identities_in_several_folds, {"first": [1, 2], "second": [1, 3], "fold_ids": [0, 1]}, [
+        ({"first": [1]}, r"first must be as long as fold_ids \(2\), got 1"),
+        ({"second": [1]}, r"second must be as long as fold_ids \(2\), got 1"),
+        ({"second": ["a", "b"]}, "first and second must be named alike, got numbers and strings"),
+    ]),
     (pair_set, {"name": "lfw", "left": LEFT, "right": RIGHT, "same": LEFT % 2, "fold_ids": LEFT // 8}, [
         ({"fold_ids": None}, "fold_ids must be given where pairs of lfw are missing, got 32 of 6000"),
         ({"name": "cacd_vs", "same": np.tile([1, 0], 3000)}, "cacd_vs must have 4000 pairs, got 6000"),

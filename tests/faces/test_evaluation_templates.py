@@ -213,6 +213,10 @@ def test_tpir_requires_the_mate_first_and_above_the_threshold() -> None:
     assert (result.rates[1].value, result.rates[2].value) == (0.5, 1.0)
     assert not result.points[0.5][0].resolvable
     assert result.points[0.5][0].fpir == 0.0
+    # Of two probes that are not enrolled, one may be accepted.
+    pooled = pool_templates(np.vstack([rows, rows[-1:]]), [1, 2, 10, 11, 12, 13], np.arange(6))
+    probes = ([10, 11, 12, 13], ["a", "b", "z", "y"])
+    assert identify_templates(pooled, [([1, 2], ["a", "b"])], probes, fpirs=(0.5,)).points[0.5][0].resolvable
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int64, np.uint64])

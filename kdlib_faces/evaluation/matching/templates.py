@@ -86,7 +86,7 @@ def pool_templates(
         weights = check_scores(OWNER, "detector_scores", detector_scores, codes.size, "template_ids")
         check_each(OWNER, "detector_scores", weights >= 0, "not negative", "entry")
     _, group, counts = np.unique(codes * known.size + media, return_inverse=True, return_counts=True)
-    weights = weights / counts[group.reshape(-1)]
+    weights = weights / counts[group]
     sums: AnyArray | None = None
     rows, wanted = 0, f"embeddings must have one row for each of {codes.size} template_ids"
     for shard in shards_of(OWNER, "embeddings", embeddings):
