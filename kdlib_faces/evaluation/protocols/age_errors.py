@@ -66,7 +66,7 @@ class AgeErrorResult:
         slope_within: The same within identities, each with its own level.
         operating_points: Target FAR to the global threshold and its counts.
         genuine: Every genuine pair with its score.
-        false_accepts: The impostor pairs accepted at the lowest of the thresholds, the most similar first.
+        false_accepts: The impostor pairs accepted at the lowest of the thresholds, the most similar first, then by rows.
     """
 
     fnmr_by_gap: tuple[ErrorBin, ...]
