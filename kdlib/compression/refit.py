@@ -195,6 +195,7 @@ def _samples(
     positions: int,
     generator: torch.Generator,
 ) -> Iterator[_Sample]:
+    """Yield the sampled positions of each batch; every fifth image, or position if there are few images, is held out."""
     by_image = sum(len(x) for x in inputs) >= HELD_OUT
     images = 0
     for number, x in enumerate(inputs):

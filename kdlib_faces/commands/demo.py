@@ -5,11 +5,10 @@ from argparse import Namespace
 from kdlib_faces._checks import InputError
 from kdlib_faces._output import locked, remove_empty_on_error
 from kdlib_faces.commands._options import one_process, precision
-from kdlib_faces.config import load_config
+from kdlib_faces.config import load_config, refuse_unused
 from kdlib_faces.demo.config import DemoConfig, faces_config, start_config, unused_settings
 from kdlib_faces.demo.run import run
 from kdlib_faces.progress import say
-from kdlib_faces.recipes.student import refuse_unused
 from kdlib_faces.teachers.input_options import inputs_of_models
 
 __all__ = ["main"]

@@ -93,6 +93,9 @@ def check_loss(original: PairResult, exported: PairResult, max_loss: float) -> A
         exported: Result of the exported model.
         max_loss: Largest accepted loss of accuracy, as a fraction.
 
+    Returns:
+        What the exported model loses.
+
     Raises:
         InputError: The accuracy is lower by more than `max_loss`.
     """

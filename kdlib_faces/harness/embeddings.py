@@ -299,9 +299,8 @@ def _load(path: str | os.PathLike[str]) -> NDArray[Any]:
             return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise InputError(f"embeddings not found: {path}") from None
-    except (
-        Exception
-    ) as error:  # NumPy raises the errors of Python's tokenizer, parser and integers for a damaged header
+    # For a damaged header, NumPy raises the errors of Python's tokenizer, parser and integers.
+    except Exception as error:
         known = isinstance(error, (ValueError, EOFError, OSError)) and not isinstance(error, SyntaxError)
         reason = str(error).splitlines()[0][:160] if known and str(error) else "its header is damaged"
         raise InputError(f"{path}: not a .npy file of numbers ({reason})") from None

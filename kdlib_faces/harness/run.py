@@ -75,6 +75,9 @@ def prepare(
         hardware: Device of the models, and the processes that share the images; None for this process on the CPU.
         workers: Threads that decode images.
 
+    Returns:
+        The tasks, and the models with their embeddings of every image set of the tasks.
+
     Raises:
         InputError: A file is not usable, or there is nothing to evaluate.
     """

@@ -38,14 +38,16 @@ def cache_live_teachers(
         quiet: Show no progress.
         device: Device of the teachers.
     """
-    return {
-        role: teacher
-        if isinstance(teacher, Teacher) and teacher.inputs
-        else cache_outputs(
-            teacher, images, folder / role, label=f"outputs of the {role} teacher", quiet=quiet, device=device
+    cached: dict[str, nn.Module] = {}
+    for role, teacher in teachers.items():
+        reads_targets = isinstance(teacher, Teacher) and bool(teacher.inputs)
+        label = f"outputs of the {role} teacher"
+        cached[role] = (
+            teacher
+            if reads_targets
+            else cache_outputs(teacher, images, folder / role, label=label, quiet=quiet, device=device)
         )
-        for role, teacher in teachers.items()
-    }
+    return cached
 
 
 def prepare_student(
@@ -145,9 +147,7 @@ def join_teachers(
     columns = ((faces.ages, MIN_AGE_GAP), (faces.age_groups, 1.0))
     pairs = sum(count_cross_age_identities(faces.identities, x, gap) for x, gap in columns if x is not None)
     if not age_map_weight or pairs < 2:
-        reason = (
-            "recipe.age_map_weight is 0" if not age_map_weight else f"{pairs} identities have images of different ages"
-        )
+        reason = f"{pairs} identities have images of different ages" if age_map_weight else "recipe.age_map_weight is 0"
         say(f"no age map is fitted: {reason}", quiet=quiet)
         ages = groups = None
     matrix = fit_joint_space(
