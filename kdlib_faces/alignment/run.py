@@ -41,7 +41,7 @@ QUEUED = 4
 
 @dataclass(frozen=True)
 class AlignResult:
-    """What `align_photos` has made.
+    """Counts of a finished alignment, and its face list.
 
     Attributes:
         photographs: Number of photographs.

@@ -17,7 +17,7 @@ FOLDS = 10
 
 @dataclass(frozen=True)
 class AccuracyLoss:
-    """What an exported model loses against the model that it was made from.
+    """Accuracy of an exported model, and its loss against the model that it was made from.
 
     Attributes:
         accuracy: Ten-fold accuracy of the exported model.
@@ -94,7 +94,7 @@ def check_loss(original: PairResult, exported: PairResult, max_loss: float) -> A
         max_loss: Largest accepted loss of accuracy, as a fraction.
 
     Returns:
-        What the exported model loses.
+        The accuracy of the exported model, and its loss.
 
     Raises:
         InputError: The accuracy is lower by more than `max_loss`.

@@ -81,6 +81,9 @@ def open_model(
         compile: Compile it by `torch.compile`; a graph stays as it is, and a line says so.
         quiet: Print no such line.
 
+    Returns:
+        The network in eval mode on the device, with its image size and its description.
+
     Raises:
         InputError: The file is missing, corrupt, or of no known layout.
     """

@@ -37,6 +37,9 @@ def cache_live_teachers(
         folder: Folder of the caches, one subfolder for each role.
         quiet: Show no progress.
         device: Device of the teachers.
+
+    Returns:
+        Cached teachers by role; teachers that read cached outputs already are returned as they are.
     """
     cached: dict[str, nn.Module] = {}
     for role, teacher in teachers.items():
@@ -66,7 +69,7 @@ def prepare_student(
 
     Args:
         recipe: The recipe. Its `target` selects the joint space of the teachers.
-        start: How the network is made narrower.
+        start: Settings of the narrower copy.
         network: The network of `load_start`; None builds the student of the recipe with random weights.
         teachers: Cached teachers by role.
         faces: The training images.
@@ -100,7 +103,7 @@ def prepare_student(
 
 
 class BothViews(nn.Module):
-    """A cached teacher whose embedding is the sum for the plain and the mirrored image, whichever of them the student sees.
+    """A cached teacher whose embedding is the sum for the plain and the mirrored image, so that it does not depend on the view.
 
     Args:
         teacher: Reads the targets `"sample"` and `"view"`.

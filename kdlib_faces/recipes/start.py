@@ -81,6 +81,9 @@ def load_start(
         inputs: Path of a teacher to its input options, which also apply where the start is that file.
         size: Side of the student's images, pixels; None for those of the network, which must be square.
 
+    Returns:
+        The network in eval mode, or None.
+
     Raises:
         InputError: The start is unknown, its file cannot be used, holds no backbone of this package, or takes other images
             than students do.

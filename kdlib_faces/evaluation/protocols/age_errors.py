@@ -203,6 +203,10 @@ class AgeErrorProtocol:
         seed: Seed of the resamples.
         level: Confidence of the intervals, which are over identities at thresholds kept as they are.
 
+    Raises:
+        ValueError: An age is NaN (the message gives its row), ages and groups are both absent, there is one identity only,
+            no identity has two images, or the bins do not rise.
+
     Examples:
         >>> protocol = AgeErrorProtocol([0, 0, 1, 1], ages=[3, 4, 5, 40], fars=(0.5,), replicates=20)
         >>> result = protocol.evaluate([[1.0, 0.0], [1.0, 0.2], [0.0, 1.0], [0.9, 1.0]])
