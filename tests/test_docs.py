@@ -388,7 +388,9 @@ def benchmark(name: str) -> Any:
 def test_the_study_shows_the_stored_figures() -> None:
     pytest.importorskip("matplotlib", reason="the faces extra is not installed")
     show = benchmark("study/show.py")
-    assert show.table(*show.read("choose")) in (ROOT / "docs" / "study.md").read_text("utf-8")
+    page = (ROOT / "docs" / "study.md").read_text("utf-8")
+    assert show.table(*show.read("choose")) in page
+    assert show.compared("choose") in page
 
 
 def test_the_plan_for_a_large_set_shows_the_stored_figures() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from caches import command
 from run import RESULTS
 
-MEASURES = ("auc", "tar_0.01", "tar_0.001", "rank1")
+MEASURES = ("tar_0.01", "tar_0.001", "rank1")
 
 
 def differences(report: dict[str, Any]) -> dict[str, dict[str, Any]]:

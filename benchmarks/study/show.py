@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "study"
 PICTURES = ROOT / "docs" / "_static"
 FARS = ("0.01", "0.001")
-SHOWN = {"auc": "AUC", "tar_0.01": "TAR at FAR 1 %", "tar_0.001": "TAR at FAR 0.1 %", "rank1": "rank-1"}
+COMPARED = {"tar_0.01": "TAR at FAR 1 %", "tar_0.001": "TAR at FAR 0.1 %", "rank1": "rank-1"}
 
 
 def read(part: str) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
@@ -68,11 +68,13 @@ def compared(part: str) -> str:
     for path in sorted((RESULTS / part).glob("differences_*.json")):
         content = json.loads(path.read_text())
         lines = [
-            f"| run minus `{content['base']}` | AUC | TAR at FAR 1 % | TAR at FAR 0.1 % | rank-1 |",
-            "|" + "---|" * 5,
+            f"| run minus `{content['base']}` | TAR at FAR 1 % | TAR at FAR 0.1 % | rank-1 |",
+            "|" + "---|" * 4,
         ]
-        for name, row in sorted(content["runs"].items(), key=lambda item: -item[1]["auc"]["value"]):
-            shown = [f"{row[key]['value']:+.3f} ({row[key]['low']:+.3f} to {row[key]['high']:+.3f})" for key in SHOWN]
+        for name, row in sorted(content["runs"].items(), key=lambda item: -item[1]["tar_0.01"]["value"]):
+            shown = [
+                f"{row[key]['value']:+.3f} ({row[key]['low']:+.3f} to {row[key]['high']:+.3f})" for key in COMPARED
+            ]
             lines.append(f"| `{name}` | {' | '.join(shown)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
@@ -123,9 +125,11 @@ def draw(
 
 def draw_differences(content: dict[str, Any], target: Path) -> None:
     """Paired differences to one run, as points with intervals."""
-    names = sorted(content["runs"], key=lambda name: content["runs"][name]["auc"]["value"])
-    figure, axes = plt.subplots(1, len(SHOWN), figsize=(10, 1.4 + 0.28 * len(names)), layout="constrained", sharey=True)
-    for axis, (key, title) in zip(axes, SHOWN.items(), strict=True):
+    names = sorted(content["runs"], key=lambda name: content["runs"][name]["tar_0.01"]["value"])
+    figure, axes = plt.subplots(
+        1, len(COMPARED), figsize=(10, 1.4 + 0.28 * len(names)), layout="constrained", sharey=True
+    )
+    for axis, (key, title) in zip(axes, COMPARED.items(), strict=True):
         rows = [content["runs"][name][key] for name in names]
         value = [row["value"] for row in rows]
         errors = [[v - row["low"] for v, row in zip(value, rows, strict=True)]]

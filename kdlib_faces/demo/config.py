@@ -111,7 +111,7 @@ def faces_config() -> DemoConfig:
 def start_config(size: int) -> DemoConfig:
     """The defaults for students that start from a teacher on real faces: they learn the joint space of both teachers.
 
-    The learning rate suits few steps: with 29,000 images, 6e-4 gave a TAR of .41 at FAR 1 %, 2e-4 one of .37.
+    The learning rate is the one that the study of starts chose; twice that rate gave a lower TAR at FAR 1 %.
 
     On a CPU with bfloat16 instructions and with a C++ compiler, the students are trained in bfloat16 through `torch.compile`.
 
@@ -124,7 +124,7 @@ def start_config(size: int) -> DemoConfig:
         target="joint", identity_weight=0.0, map_weight=0.0, attention_weight=0.0, input_size=size
     )  # fmt: skip
     return DemoConfig(
-        size=size, student_steps=6000, lr=6e-4, amp="bfloat16" if fast else "none", compile=fast, deployment=full,
+        size=size, student_steps=6000, lr=1.2e-3, amp="bfloat16" if fast else "none", compile=fast, deployment=full,
         student=student,
     )  # fmt: skip
 

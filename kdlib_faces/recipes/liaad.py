@@ -224,7 +224,7 @@ def _set_up(
         views=opened.views,
         optimizer="adamw" if started else "sgd",
         steps=3000 if started else 10_000,
-        lr=6e-4 if started else 0.1,
+        lr=1.2e-3 if started else 0.1,
         images=pixels,
         prepare_optimizer=prepare_optimizer(distiller),
     )

@@ -97,7 +97,7 @@ def test_folded_norms_are_restored_without_a_change_of_the_outputs(folder: Path,
     torch.testing.assert_close(narrow(images), before)
     save_backbone(narrow, tmp_path / "norms.safetensors")
     torch.testing.assert_close(load_backbone(tmp_path / "norms.safetensors")(images), before)
-    assert run(*train(folder, tmp_path / "run", *JOINT, "start.norms=true")) == 0
+    assert run(*train(folder, tmp_path / "run", *JOINT)) == 0
     (start,), student = (
         (tmp_path / "run").glob("start-*.safetensors"),
         load_file(tmp_path / "run" / "student.safetensors"),
