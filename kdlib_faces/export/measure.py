@@ -89,7 +89,9 @@ def table(rows: Sequence[Measurement]) -> str:
         shown = [row.model.replace("|", "\\|"), row.engine, str(row.threads), str(row.batch)]
         values = (row.milliseconds, row.images_per_second, row.peak_mib, row.file_mib)
         shown += ["" if value is None else f"{value:.1f}" for value in values]
-        lines.append(f"| {' | '.join(shown)} |{f' {row.note}' if row.note else ''}")
+        if row.note:
+            shown[4] = f"{shown[4]} ({row.note})".strip().replace("|", "\\|")
+        lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
 
 

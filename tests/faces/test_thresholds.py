@@ -81,6 +81,7 @@ def test_a_graph_that_holds_the_shape_of_one_image_runs_one_after_another(tmp_pa
     rows = measure([tmp_path / "one.onnx"], threads=(1,), batches=(1, 4), seconds=0.01)
     assert [(row.batch, row.note) for row in rows] == [(1, ""), (4, "one image after another")]
     assert all(row.milliseconds is not None for row in rows)
+    assert "(one image after another) |" in table(rows).splitlines()[3]
 
 
 def test_a_file_that_does_not_run_is_noted_and_a_missing_one_is_refused(tmp_path: Path) -> None:
