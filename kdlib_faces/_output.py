@@ -17,7 +17,7 @@ import torch
 
 from kdlib_faces._checks import InputError, show_name
 
-__all__ = ["check_output", "describe_environment", "locked", "staged", "swept"]
+__all__ = ["check_output", "describe_environment", "locked", "staged", "remove_empty_on_error"]
 
 LOCK = ".lock"
 MAX_NAME = 255
@@ -65,8 +65,8 @@ def check_output(output: Path, *parts: str) -> Path:
 
 
 @contextmanager
-def swept(output: Path) -> Iterator[None]:
-    """Remove the empty folders of a new `output` if the block fails; files that it wrote are kept."""
+def remove_empty_on_error(output: Path) -> Iterator[None]:
+    """Remove the empty folders of a new `output` if the block raises; folders with files are kept."""
     fresh = not os.path.exists(output)  # also for a name that is too long
     try:
         yield

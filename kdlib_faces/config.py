@@ -13,7 +13,7 @@ import tomli_w
 
 from kdlib_faces._checks import InputError, show_name
 
-__all__ = ["Configuration", "dump_toml", "load_config", "read_toml", "to_toml", "walk_settings"]
+__all__ = ["Configuration", "dump_toml", "load_config", "read_toml", "refuse_unused", "to_toml", "walk_settings"]
 
 T = TypeVar("T", bound="Configuration")
 MAX_BYTES = 1_000_000
@@ -96,6 +96,31 @@ def walk_settings(config: Configuration, prefix: str = "") -> Iterator[tuple[str
             yield from walk_settings(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, value
+
+
+def refuse_unused(
+    config: Configuration,
+    reasons: Mapping[str, str],
+    *,
+    base: Configuration | None = None,
+    command: str = "train",
+) -> None:
+    """Refuse settings that differ from their defaults in a run that does not read them.
+
+    Args:
+        config: The settings of the run, a dataclass with defaults.
+        reasons: Dotted names of settings, or groups of them, that this run does not read, each with the reason.
+        base: The configuration that holds the defaults of this run; None for those of the dataclass.
+        command: The command, for the message.
+
+    Raises:
+        InputError: One of them was changed.
+    """
+    defaults = dict(walk_settings(type(config)() if base is None else base))
+    for name, reason in reasons.items():
+        for setting, value in walk_settings(config):
+            if f"{setting}.".startswith(f"{name}.") and value != defaults[setting]:
+                raise InputError(f"{command}: {setting}={value} has no effect: {reason}")
 
 
 def to_toml(config: Configuration) -> dict[str, object]:

@@ -57,6 +57,7 @@ def untraceable(error: Exception) -> TypeError:
 
 
 def check_options(model: object, keep: object, widths: object, criterion: object, positions: object) -> None:
+    """Check the arguments of `shrink`; `keep` or `widths` must be given."""
     check_model("shrink", model)
     if keep is None and widths is None:
         raise ValueError("shrink: keep or widths must be given, got neither")
@@ -69,6 +70,7 @@ def check_options(model: object, keep: object, widths: object, criterion: object
 
 
 def check_model(owner: str, model: object) -> None:
+    """`model` must be a Module."""
     check_type(owner, "model", model, nn.Module, "a Module")
 
 
@@ -90,6 +92,7 @@ def check_layer_shape(path: str, name: str, shape: tuple[int, ...], original: tu
 
 
 def check_batch(number: int, batch: object) -> Tensor:
+    """A batch must be a finite tensor `(b, ...)` of at least one sample."""
     check_type("shrink", f"batch {number}", batch, Tensor, "a torch.Tensor")
     x = cast(Tensor, batch)
     if x.dim() < 2 or not len(x):

@@ -14,7 +14,7 @@ RIDGE = 1e-4
 
 @dataclass(frozen=True)
 class Reading:
-    """What the layers after a channel space do with its channels.
+    """Weights of one layer that reads the channels of a space, and the covariance of these channels.
 
     Args:
         weights: `(n, c)`, one row for each output and kernel position of the layer that reads the channels.
@@ -79,6 +79,9 @@ def choose_channels(readings: Sequence[Reading], keep: int, *, blocks: int, crit
         keep: k, a multiple of `blocks`.
         blocks: each of this many consecutive blocks of channels keeps `keep / blocks` channels.
         criterion: `"reconstruction"` or `"energy"`.
+
+    Returns:
+        The map to the k kept channels, in their order.
     """
     maps = [reading.metric() for reading in readings]
     size = maps[0].shape[1]

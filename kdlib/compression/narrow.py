@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kdlib.compression._checks import check_block
-from kdlib.compression.refit import refit
+from kdlib.compression.refit import Fit, refit
 from kdlib.compression.slicing import Maps, encode, encode_dim, kept_entries, slice_layer, slice_parameters
 from kdlib.compression.spaces import ADDITIONS, Layout
 from kdlib.compression.tracing import attribute, call, is_inside, replace
@@ -138,31 +138,43 @@ class Narrower:
             return
         new = slice_layer(layer, inside, outside, self.maps)
         if not exact:
-            stream = self._stream(node, wide, narrow)
-
-            def target(number: int) -> Tensor:
-                value = encode(wide[node][number], outside, self.maps)
-                if stream is None:
-                    return value
-                other, scale = stream
-                missing = encode(wide[other][number], self.layouts[other], self.maps) - narrow[other][number]
-                factor = scale.to(value).reshape(-1, *[1] * (value.dim() - outside.dim - 1))
-                return torch.addcmul(value, missing, factor)
-
-            fit = refit(new, narrow[source], target, positions=self.positions, generator=self.generator)
-            new.weight.add_(fit.weight)
-            (user, *others) = node.users
-            follower = self.traced.get_submodule(str(user.target)) if user.op == "call_module" else None
-            if new.bias is not None:
-                new.bias.add_(fit.bias)
-            elif not others and isinstance(follower, nn.BatchNorm2d) and user in self.layouts:
-                self.shifts[user] = fit.bias
-            elif fit.bias.any():
-                new.bias = nn.Parameter(fit.bias, requires_grad=new.weight.requires_grad)
+            fit = self._refit(node, new, wide, narrow)
             if self.on_step is not None:
                 shapes = tuple(new.weight.shape), tuple(layer.weight.shape)
                 self.on_step(ShrinkStep(path, *shapes, fit.error_before, fit.error, fit.ridge))
         replace(self.student, path, new)
+
+    def _refit(
+        self,
+        node: fx.Node,
+        new: nn.Conv2d | nn.Linear,
+        wide: dict[fx.Node, list[Any]],
+        narrow: dict[fx.Node, list[Any]],
+    ) -> Fit:
+        """Refit a sliced layer in place; a BatchNorm that follows takes the bias of a layer that has none."""
+        (source,) = node.all_input_nodes
+        outside, stream = self.layouts[node], self._stream(node, wide, narrow)
+
+        def target(number: int) -> Tensor:
+            value = encode(wide[node][number], outside, self.maps)
+            if stream is None:
+                return value
+            other, scale = stream
+            missing = encode(wide[other][number], self.layouts[other], self.maps) - narrow[other][number]
+            factor = scale.to(value).reshape(-1, *[1] * (value.dim() - outside.dim - 1))
+            return torch.addcmul(value, missing, factor)
+
+        fit = refit(new, narrow[source], target, positions=self.positions, generator=self.generator)
+        new.weight.add_(fit.weight)
+        (user, *others) = node.users
+        follower = self.traced.get_submodule(str(user.target)) if user.op == "call_module" else None
+        if new.bias is not None:
+            new.bias.add_(fit.bias)
+        elif not others and isinstance(follower, nn.BatchNorm2d) and user in self.layouts:
+            self.shifts[user] = fit.bias
+        elif fit.bias.any():
+            new.bias = nn.Parameter(fit.bias, requires_grad=new.weight.requires_grad)
+        return fit
 
     def _stream(
         self, node: fx.Node, wide: dict[fx.Node, list[Any]], narrow: dict[fx.Node, list[Any]]

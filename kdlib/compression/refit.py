@@ -60,6 +60,9 @@ def refit(
         target: batch number to the target of the layer's output, in the shape of the output.
         positions: at most this many positions are sampled in each batch.
         generator: random generator of the positions, on the CPU.
+
+    Returns:
+        The change to add to weight and bias; zeros if no ridge parameter lowers the error on the held-out images.
     """
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     width = layer.weight[0].numel()
@@ -195,6 +198,7 @@ def _samples(
     positions: int,
     generator: torch.Generator,
 ) -> Iterator[_Sample]:
+    """Yield the sampled positions of each batch; every fifth image, or position if there are few images, is held out."""
     by_image = sum(len(x) for x in inputs) >= HELD_OUT
     images = 0
     for number, x in enumerate(inputs):

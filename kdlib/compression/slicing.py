@@ -35,6 +35,7 @@ def _map(
 
 
 def encode(x: Tensor, layout: Layout, maps: Maps) -> Tensor:
+    """Map a tensor of the original network to the narrow network's channels."""
     return encode_dim(x, layout.dim, layout, maps)
 
 

@@ -40,7 +40,6 @@ class ChannelSpace:
 
     Args:
         size: number of channels c of the original network.
-        writer: name of the first layer that produces the channels.
         fixed: no channel can be removed.
         blocks: the channels are this many consecutive blocks, each of which keeps the same number of channels.
         mixable: only linear maps over all channels write and read it, so the channels may be mixed linearly.
@@ -48,7 +47,6 @@ class ChannelSpace:
     """
 
     size: int
-    writer: str
     fixed: bool = False
     blocks: int = 1
     mixable: bool = True
@@ -148,7 +146,7 @@ class _Finder:
     def _visit_layer(self, node: fx.Node, layer: nn.Module, source: Layout | None) -> Layout | None:
         """Dense layers read one space and write another; depthwise convolutions keep the space."""
         dim = 1 if isinstance(layer, nn.Conv2d) else len(self.shapes[node]) - 1
-        out = ChannelSpace(self.shapes[node][dim], str(node.target))
+        out = ChannelSpace(self.shapes[node][dim])
         if source is not None and source.dim != dim:
             self._fix(node.all_input_nodes)
             source = None

@@ -81,6 +81,11 @@ def call(node: fx.Node, given: Mapping[fx.Node, Any], model: nn.Module) -> Any:
 
 
 def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """Trace a network for inputs `(b, ...)` like the example, without operations whose results are not used.
+
+    Raises:
+        TypeError: `torch.fx` cannot trace the network.
+    """
     try:
         graph = _Tracer(example[:2]).trace(model)
     except Exception as error:  # tracing runs the model's own code
@@ -135,16 +140,19 @@ class _Recorder(fx.Interpreter):
 
 
 def is_inside(node: fx.Node, path: str) -> bool:
+    """Return whether a node was traced in the module at a path or in one below it."""
     stack = node.meta.get("nn_module_stack", {})
     paths = [str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in stack.values()]
     return any(entry == path or entry.startswith(f"{path}.") for entry in [*paths, *map(str, stack)])
 
 
 def attribute(model: nn.Module, path: str) -> Any:
+    """Return the attribute of a submodule at a dotted path, such as a parameter or a buffer."""
     *parents, name = path.split(".")
     return getattr(model.get_submodule(".".join(parents)), name)
 
 
 def replace(model: nn.Module, path: str, layer: nn.Module) -> None:
+    """Put a module at the dotted path of another one."""
     *parents, name = path.split(".")
     setattr(model.get_submodule(".".join(parents)), name, layer)

@@ -62,7 +62,10 @@ def decode_yunet(outputs: Mapping[str, NDArray[np.generic]], sides: tuple[int, i
 
     Args:
         outputs: Name to array, for one image.
-        sides: Height and width of the input.
+        sides: Height and width of the input, pixels.
+
+    Returns:
+        One candidate per cell of each stride, in pixels of the input.
 
     Raises:
         InputError: An output has another shape.
@@ -118,7 +121,10 @@ def decode_scrfd(
     Args:
         outputs: Name to array, for one image.
         names: From `scrfd_outputs`.
-        sides: Height and width of the input.
+        sides: Height and width of the input, pixels.
+
+    Returns:
+        Two candidates per cell of each stride, in pixels of the input.
 
     Raises:
         InputError: An output has another shape.

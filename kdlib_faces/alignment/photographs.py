@@ -31,7 +31,7 @@ class AlignConfig:
     Attributes:
         several: Which of several faces are cropped: `"largest"`, `"center"` (the one nearest to the middle of the photograph),
             `"all"`, or `"refuse"` (none).
-        no_face: What becomes of a photograph without a face: `"skip"`, `"keep-resized"` (the whole photograph at the size of a
+        no_face: Treatment of a photograph without a face: `"skip"`, `"keep-resized"` (the whole photograph at the size of a
             crop, its aspect ratio kept on black), or `"stop"`, an error.
         min_score: Lower limit of a face's score.
         min_size: Lower limit of the longer side of a face's box, in pixels of the photograph.
@@ -86,7 +86,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class AlignedPhotograph:
-    """What was found in a photograph.
+    """Faces and crops of one photograph.
 
     Attributes:
         faces: Number of faces of sufficient score and size.

@@ -41,7 +41,7 @@ QUEUED = 4
 
 @dataclass(frozen=True)
 class AlignResult:
-    """What `align_photos` has made.
+    """Counts of a finished alignment, and its face list.
 
     Attributes:
         photographs: Number of photographs.
@@ -110,9 +110,8 @@ def align_photos(
     check_choice("align", "on_error", on_error, ("stop", "skip"))
     source, target = Path(photographs), Path(output)
     plan = _plan(source, target, config)
-    aligner = PhotographAligner(
-        Path(detector), config, device=device
-    )  # so that a wrong file is an error before anything is written
+    # A wrong file is an error before anything is written.
+    aligner = PhotographAligner(Path(detector), config, device=device)
     check_output(target, FACES, DOUBTFUL, SHEET, MANIFEST)
     _check_folders(plan, target)
     settings = {name: repr(value) for name, value in walk_settings(config) if name not in SHARED}

@@ -3,13 +3,12 @@
 from argparse import Namespace
 
 from kdlib_faces._checks import InputError
-from kdlib_faces._output import locked, swept
+from kdlib_faces._output import locked, remove_empty_on_error
 from kdlib_faces.commands._options import one_process, precision
-from kdlib_faces.config import load_config
+from kdlib_faces.config import load_config, refuse_unused
 from kdlib_faces.demo.config import DemoConfig, faces_config, start_config, unused_settings
 from kdlib_faces.demo.run import run
 from kdlib_faces.progress import say
-from kdlib_faces.recipes.student import refuse_unused
 from kdlib_faces.teachers.input_options import inputs_of_models
 
 __all__ = ["main"]
@@ -47,7 +46,7 @@ def main(options: Namespace, command: str) -> None:
         config, unused_settings(faces=bool(options.faces), start=start is not None), base=base, command="demo"
     )  # fmt: skip
     say(f"device: {hardware.describe(config.amp)}", quiet=options.quiet)
-    with swept(options.output), locked(options.output):
+    with remove_empty_on_error(options.output), locked(options.output):
         run(
             config, output=options.output, faces=options.faces, teachers=options.teacher, taps=options.tap,
             inputs=options.input, start=start, seeds=range(seed, seed + options.seeds), progress=not options.quiet,

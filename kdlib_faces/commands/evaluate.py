@@ -10,7 +10,7 @@ from typing import Literal
 
 from kdlib_faces import __version__, report
 from kdlib_faces._hardware import Hardware, find_hardware
-from kdlib_faces._output import check_output, describe_environment, locked, staged, swept
+from kdlib_faces._output import check_output, describe_environment, locked, remove_empty_on_error, staged
 from kdlib_faces.commands._options import precision
 from kdlib_faces.config import load_config
 from kdlib_faces.harness.evaluate import evaluate_models
@@ -71,7 +71,7 @@ def run(
     """
     check_output(output, "work", "figures", "scores")
     hardware = hardware or Hardware()
-    with swept(output), locked(output, hardware.first):
+    with remove_empty_on_error(output), locked(output, hardware.first):
         prepared = prepare(
             config, work=output / "work", data=data, models=models, inputs=inputs, embeddings=embeddings,
             pairs=pairs, protocols=protocols, progress=progress, on_error=on_error, hardware=hardware, workers=workers,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kdlib_faces._checks import InputError
 from kdlib_faces._hardware import find_hardware
-from kdlib_faces._output import locked, swept
+from kdlib_faces._output import locked, remove_empty_on_error
 from kdlib_faces.commands._options import precision
 from kdlib_faces.config import load_config
 from kdlib_faces.progress import say
@@ -52,7 +52,7 @@ def main(options: Namespace, command: str) -> None:
         inputs=inputs_of_models(options.input or recorded_inputs, len(teachers)), hardware=hardware, workers=options.workers,
         tensorboard=options.tensorboard, expected={} if options.data or options.teacher else recorded.fingerprints,
     )  # fmt: skip
-    with swept(run.output), locked(run.output, hardware.first), hardware.process_group(options.timeout):
+    with remove_empty_on_error(run.output), locked(run.output, hardware.first), hardware.process_group(options.timeout):
         _train(recipe, config, run)
 
 

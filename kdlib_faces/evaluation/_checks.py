@@ -74,9 +74,9 @@ def gather(owner: str, name: str, x: Embeddings) -> AnyArray:
     return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
 
-def rows_at_a_time(most: int, columns: int) -> int:
-    """Number of rows of a block of scores, at most `most`, so that memory does not grow with the number of columns."""
-    return max(1, min(most, SCORES // max(1, columns)))
+def rows_at_a_time(max_rows: int, columns: int) -> int:
+    """Number of rows of a block of scores, at most `max_rows`, so that memory does not grow with the number of columns."""
+    return max(1, min(max_rows, SCORES // max(1, columns)))
 
 
 def check_each(

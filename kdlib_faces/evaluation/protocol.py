@@ -9,7 +9,7 @@ from kdlib_faces.evaluation.summary import Description, HardPair, ModelSummary, 
 
 
 class Result(Protocol):
-    """What every protocol returns."""
+    """The result of any protocol, yours included: plain values for JSON."""
 
     def to_dict(self) -> JsonDict:
         """Plain values for JSON."""
@@ -17,7 +17,7 @@ class Result(Protocol):
 
 
 class ProtocolResult(Result, Protocol):
-    """What the protocols of this package return: everything that a report shows of one model."""
+    """The result of a protocol of this package: everything that a report shows of one model."""
 
     def describe(self) -> Description:
         """What the protocol measures and how; the same for all models."""

@@ -68,7 +68,7 @@ def check_identity_disjoint(a: ArrayLike, b: ArrayLike) -> None:
         ...
         kdlib_faces._checks.InputError: check_identity_disjoint: a and b must share no identity, got 1 in both: 'bob'
     """
-    shared = identity_overlap(a, b)
+    shared = _overlap("check_identity_disjoint", a, b)
     listed = ", ".join(map(repr, shared[:5])) + (", ..." if len(shared) > 5 else "")
     message = f"a and b must share no identity, got {len(shared)} in both: {listed}"
     require(not shared, "check_identity_disjoint", message)
@@ -90,8 +90,15 @@ def identity_overlap(a: ArrayLike, b: ArrayLike) -> list[str | int]:
     Examples:
         >>> identity_overlap(["ann", "bob"], ["bob", "cy"])
         ['bob']
+        >>> identity_overlap(["ann", "bob"], [3, 4])
+        Traceback (most recent call last):
+        ...
+        kdlib_faces._checks.InputError: identity_overlap: identities of a and b must be named alike, got strings and numbers
     """
-    owner = "check_identity_disjoint"
+    return _overlap("identity_overlap", a, b)
+
+
+def _overlap(owner: str, a: ArrayLike, b: ArrayLike) -> list[str | int]:
     _, first = check_labels(owner, "a", a)
     _, second = check_labels(owner, "b", b)
     check_same_kind(owner, "identities of a and b", first, second)

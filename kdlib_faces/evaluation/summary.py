@@ -156,7 +156,7 @@ class Histogram:
 
 @dataclass
 class ModelSummary:
-    """What a protocol measured for one model.
+    """Values of one model in a protocol.
 
     Attributes:
         measures: Measure key to its value.
@@ -177,7 +177,7 @@ class ModelSummary:
 
 @dataclass(frozen=True)
 class Description:
-    """What a protocol measures and how: everything of a `ProtocolSummary` that does not depend on the model.
+    """Measures and conventions of a protocol: the part of a `ProtocolSummary` that does not depend on the model.
 
     Attributes:
         question: The question that the protocol answers, one sentence.

@@ -34,8 +34,32 @@ def equalize(model: "ModelProto", peaks: dict[str, NDArray[np.float32]]) -> None
         peaks: Name of a tensor to the largest absolute value of each channel `(c,)`; other tensors are no feature maps.
     """
     numpy_helper = library("onnx").numpy_helper
+    constants = {each.name: each for each in model.graph.initializer}
+    convolutions, scales = _channel_scales(model, peaks)
+    for node in convolutions:
+        weight = numpy_helper.to_array(constants[node.input[1]])
+        outputs, inputs = weight.shape[:2]
+        new = weight.astype(np.float64)
+        if (scale := scales.get(node.input[0])) is not None:
+            group = np.arange(outputs) // (outputs // group_of(node))
+            new *= scale[group[:, None] * inputs + np.arange(inputs)][..., None, None]
+        if (scale := scales.get(node.output[0])) is not None:
+            new /= scale[:, None, None, None]
+            for name in node.input[2:]:
+                bias = numpy_helper.to_array(constants[name]) / scale
+                constants[name].CopyFrom(numpy_helper.from_array(bias.astype(np.float32), name))
+        constants[node.input[1]].CopyFrom(numpy_helper.from_array(new.astype(np.float32), node.input[1]))
+
+
+def _channel_scales(
+    model: "ModelProto", peaks: dict[str, NDArray[np.float32]]
+) -> tuple[list["NodeProto"], dict[str, NDArray[np.float32]]]:
+    """Find the convolutions that can absorb scales, and the scale `(c,)` of each feature map by which it is divided.
+
+    Maps that ReLU, PReLU and sums connect have one scale: the largest of their ranges relative to the largest channel.
+    """
     graph = model.graph
-    constants = {each.name: each for each in graph.initializer}
+    constants = {each.name for each in graph.initializer}
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -73,16 +97,4 @@ def equalize(model: "ModelProto", peaks: dict[str, NDArray[np.float32]]) -> None
             before = ranges.get(root(name))
             ranges[root(name)] = peaks[name] if before is None else np.maximum(before, peaks[name])
     scales = {name: np.maximum(each / max(float(each.max()), 1e-30), SMALLEST) for name, each in ranges.items()}
-    for node in convolutions:
-        weight = numpy_helper.to_array(constants[node.input[1]])
-        outputs, inputs = weight.shape[:2]
-        new = weight.astype(np.float64)
-        if (scale := scales.get(root(node.input[0]))) is not None:
-            group = np.arange(outputs) // (outputs // group_of(node))
-            new *= scale[group[:, None] * inputs + np.arange(inputs)][..., None, None]
-        if (scale := scales.get(root(node.output[0]))) is not None:
-            new /= scale[:, None, None, None]
-            for name in node.input[2:]:
-                bias = numpy_helper.to_array(constants[name]) / scale
-                constants[name].CopyFrom(numpy_helper.from_array(bias.astype(np.float32), name))
-        constants[node.input[1]].CopyFrom(numpy_helper.from_array(new.astype(np.float32), node.input[1]))
+    return convolutions, {name: scales[root(name)] for name in parent if root(name) in scales}

@@ -73,8 +73,8 @@ class _Writer:
         self.ranges = dict(ranges)
         for node in model.graph.node:
             if self._is_maximum(node) and {node.input[0], node.output[0]} <= ranges.keys():
-                (low, high), (least, most) = ranges[node.input[0]], ranges[node.output[0]]
-                self.ranges[node.input[0]] = min(low, least), max(high, most)
+                (low, high), (other_low, other_high) = ranges[node.input[0]], ranges[node.output[0]]
+                self.ranges[node.input[0]] = min(low, other_low), max(high, other_high)
         source = model.graph.input[0].name
         self.exact: dict[str, NDArray[np.float32]] = {source: images}
         self.found: dict[str, NDArray[np.float32]] = {source: images}

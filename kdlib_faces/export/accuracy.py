@@ -17,7 +17,7 @@ FOLDS = 10
 
 @dataclass(frozen=True)
 class AccuracyLoss:
-    """What an exported model loses against the model that it was made from.
+    """Accuracy of an exported model, and its loss against the model that it was made from.
 
     Attributes:
         accuracy: Ten-fold accuracy of the exported model.
@@ -92,6 +92,9 @@ def check_loss(original: PairResult, exported: PairResult, max_loss: float) -> A
         original: Result of the original model, with TAR at FAR 1e-2.
         exported: Result of the exported model.
         max_loss: Largest accepted loss of accuracy, as a fraction.
+
+    Returns:
+        The accuracy of the exported model, and its loss.
 
     Raises:
         InputError: The accuracy is lower by more than `max_loss`.

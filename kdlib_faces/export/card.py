@@ -49,7 +49,7 @@ def write_card(
         path: The exported file.
         model: The file that it was made from.
         rows: Facts about the file, by heading.
-        loss: What the export lost.
+        loss: Accuracy of the exported model, and its loss.
         protocols: Results of an evaluation.
         name: The model in these results.
         measurements: Time and memory.

@@ -97,32 +97,7 @@ def quantize_onnx(
     if (opset := _opset(model)) < MIN_OPSET:
         raise InputError(f"quantize_onnx: {path} must have opset {MIN_OPSET} or later, got {opset}; export it again")
     with file_errors(Path(path)):
-        _prepare(model)
-        names = _feature_tensors(model)
-        found, _ = _ranges(model, names, calibration)
-        equalize(model, {name: np.maximum(-low, high) for name, (low, high) in found.items() if low.ndim})
-        found, largest = _ranges(model, names, calibration)
-        ranges = {name: (float(low.min()), float(high.max())) for name, (low, high) in found.items()}
-        count = max(4, min(MAX_TUNING, MAX_MAP_VALUES // largest))
-        tuning = calibration[:: -(-len(calibration) // count)].numpy()
-        wanted = torch.from_numpy(run_graph(model.SerializeToString(), validation))
-
-        def trial(floats: set[str], tuning: NDArray[np.float32]) -> _Trial:
-            written, number = write_int8(model, ranges, tuning, floats)
-            split_prelu(written)
-            compact(written)
-            return _Trial(written, floats, number, _similarity(written, validation, wanted))
-
-        best = trial(_grouped(model), tuning)
-        if best.cosine < WANTED_COSINE:
-            best = max(best, trial(best.floats | _first_layers(model), tuning), key=lambda each: each.cosine)
-        if best.cosine < min_cosine:
-            # A few images suffice to order the parts.
-            trials = [(trial(best.floats | part, tuning[:BATCH]).cosine, part) for part in _parts(model)]
-            for _, part in sorted(trials, key=lambda pair: -pair[0])[: PARTS // 2]:
-                best = trial(best.floats | part, tuning)
-                if best.cosine >= min_cosine:
-                    break
+        best = _best_trial(model, calibration, validation, min_cosine)
     if best.cosine < min_cosine:
         raise InputError(
             f"quantize_onnx: embeddings of the int8 graph must have a mean cosine of at least {min_cosine:g} to those of {path}, "
@@ -146,6 +121,37 @@ class _Trial:
     floats: set[str]
     float_products: int
     cosine: float
+
+
+def _best_trial(model: "ModelProto", calibration: Tensor, validation: Tensor, min_cosine: float) -> _Trial:
+    """Quantize with as few float nodes as the cosines on the validation images require; changes `model`."""
+    _prepare(model)
+    names = _feature_tensors(model)
+    found, _ = _ranges(model, names, calibration)
+    equalize(model, {name: np.maximum(-low, high) for name, (low, high) in found.items() if low.ndim})
+    found, largest = _ranges(model, names, calibration)
+    ranges = {name: (float(low.min()), float(high.max())) for name, (low, high) in found.items()}
+    count = max(4, min(MAX_TUNING, MAX_MAP_VALUES // largest))
+    tuning = calibration[:: -(-len(calibration) // count)].numpy()
+    wanted = torch.from_numpy(run_graph(model.SerializeToString(), validation))
+
+    def trial(floats: set[str], tuning: NDArray[np.float32]) -> _Trial:
+        written, number = write_int8(model, ranges, tuning, floats)
+        split_prelu(written)
+        compact(written)
+        return _Trial(written, floats, number, _similarity(written, validation, wanted))
+
+    best = trial(_grouped(model), tuning)
+    if best.cosine < WANTED_COSINE:
+        best = max(best, trial(best.floats | _first_layers(model), tuning), key=lambda each: each.cosine)
+    if best.cosine < min_cosine:
+        # A few images suffice to order the parts.
+        trials = [(trial(best.floats | part, tuning[:BATCH]).cosine, part) for part in _parts(model)]
+        for _, part in sorted(trials, key=lambda pair: -pair[0])[: PARTS // 2]:
+            best = trial(best.floats | part, tuning)
+            if best.cosine >= min_cosine:
+                break
+    return best
 
 
 def convert_float16(

@@ -60,6 +60,9 @@ def measure(
         seconds: Time for the repetitions of one setting; at least five are run.
         engines: Those of `"eager"`, `"compiled"` and `"onnxruntime"` that are measured.
 
+    Returns:
+        One measurement for each file, engine, number of threads and batch, in this order.
+
     Raises:
         InputError: A file does not exist.
     """

@@ -52,9 +52,9 @@ class FailurePicture:
 def failure_pictures(
     task: EvaluationTask, results: Mapping[str, ProtocolResult], num_failures: int
 ) -> list[FailurePicture]:
-    """Two pictures per model: up to `num_failures` genuine pairs that it rejects, and impostor pairs that it accepts.
+    """Return two pictures per model: of up to `num_failures` genuine pairs that it rejects, and impostor pairs that it accepts.
 
-    There is no picture if the images are not known.
+    A picture without pairs is left out, as where the images are not known.
     """
     pictures = []
     for number, (name, result) in enumerate(results.items()) if num_failures else ():

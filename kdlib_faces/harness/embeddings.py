@@ -81,6 +81,9 @@ def open_model(
         compile: Compile it by `torch.compile`; a graph stays as it is, and a line says so.
         quiet: Print no such line.
 
+    Returns:
+        The network in eval mode on the device, with its image size and its description.
+
     Raises:
         InputError: The file is missing, corrupt, or of no known layout.
     """
@@ -299,9 +302,8 @@ def _load(path: str | os.PathLike[str]) -> NDArray[Any]:
             return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise InputError(f"embeddings not found: {path}") from None
-    except (
-        Exception
-    ) as error:  # NumPy raises the errors of Python's tokenizer, parser and integers for a damaged header
+    # For a damaged header, NumPy raises the errors of Python's tokenizer, parser and integers.
+    except Exception as error:
         known = isinstance(error, (ValueError, EOFError, OSError)) and not isinstance(error, SyntaxError)
         reason = str(error).splitlines()[0][:160] if known and str(error) else "its header is damaged"
         raise InputError(f"{path}: not a .npy file of numbers ({reason})") from None

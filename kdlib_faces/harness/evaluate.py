@@ -66,6 +66,9 @@ def evaluate_models(
         score_folder: Folder below which the files `scores/TASK-MODEL.csv` are written; None for no files.
         max_score_rows: Maximal number of rows of such a file.
         progress: Show progress.
+
+    Returns:
+        The results by model, and what a report shows of them; the arguments are not changed.
     """
     output = EvaluationOutput({model.name: replace(model.entry, protocols={}) for model in models})
     for task in show(tasks, "protocols", quiet=not progress):

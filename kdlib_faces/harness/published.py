@@ -1,7 +1,7 @@
 """Tasks on sets with published lists: pair lists, FG-NET, MegaFace, IJB-B and IJB-C."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.data.formats.bin import load_bin
-from kdlib_faces.data.image_files import scan_folder
-from kdlib_faces.data.image_pairs import ImagePairs
+from kdlib_faces.data.image_files import describe_skipped, scan_folder
+from kdlib_faces.data.image_pairs import ImagePairs, PairList
 from kdlib_faces.data.landmarks import five_points, read_points
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.sets.cacd import cacd_vs_pairs
@@ -110,38 +110,20 @@ def cacd_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> 
 
 def _task_of_pairs(pairs: ImagePairs, spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """Named pairs with the images of `images=` or of a face list, or with embeddings alone in the order of the names."""
-    identities: NDArray[np.str_] | NDArray[np.int64] | None
-    identities, ages = None if pairs.identities is None else np.asarray(pairs.identities), pairs.ages
-    if "images" in spec.options:
-        files = _files_below(Path(spec.options["images"]))
-        folder = FaceList(FileImages(files), np.zeros(len(files), np.int64), ("",))
-        located, rows = pairs.locate(folder), pairs.rows(folder)
-        found = np.flatnonzero(rows >= 0)
-        row_of = np.full(len(rows), -1)
-        row_of[found] = np.arange(len(found))
-        images = images_of_files(name, [files[row] for row in rows[found]])
-        present = (row_of[pairs.left] >= 0) & (row_of[pairs.right] >= 0)
-        left, right = row_of[pairs.left[present]], row_of[pairs.right[present]]
-        identities = None if identities is None else identities[found]
-        ages = None if ages is None else ages[found]
-        same, folds, missing = located.same, located.fold_ids, located.missing
-    elif "faces" in spec.options or settings.faces is not None:
-        faces, images = faces_of(spec, settings, path_is_list=False)
-        located = pairs.locate(faces)
-        left, right, same, folds, missing = (
-            located.left, located.right, located.same, located.fold_ids, located.missing
-        )  # fmt: skip
-        identities, ages = faces.identities, faces.ages
-    else:
-        images = rows_only(name, len(pairs.images), pairs.images.__getitem__)
-        left, right, same, folds, missing = pairs.left, pairs.right, pairs.same, pairs.fold_ids, 0
+    located = _locate(pairs, spec, settings, name)
+    left, right, same = located.pairs.left, located.pairs.right, located.pairs.same
     if same.all() or not same.any():
         raise spec.error("genuine and impostor pairs are needed, got one kind only")
-    notes = [f"{missing} of {len(pairs)} pairs left out, their images are not there"] if missing else []
     known = PAIR_SETS.get(PUBLISHED.get(pairs.name, ""))
     published = known is not None and len(pairs) == known.pairs
-    if published:
-        notes = []  # The note of the set counts the pairs.
+    notes = []
+    if located.pairs.missing:
+        # The note of a published set counts the pairs itself.
+        notes += (
+            [] if published else [f"{located.pairs.missing} of {len(pairs)} pairs left out, their images are not there"]
+        )
+        notes += [located.skipped] if located.skipped else []
+    identities = located.identities
     if identities is not None:
         wrong = int(((identities[left] == identities[right]) != same).sum())
         if wrong:
@@ -150,27 +132,72 @@ def _task_of_pairs(pairs: ImagePairs, spec: ProtocolSpec, settings: Settings, na
     config = settings.config
     build = partial(pair_set, known.name) if known is not None and published else PairProtocol
     protocol = build(
-        left, right, same, fold_ids=folds, threshold=config.threshold, fars=config.fars, identities=identities, ages=ages,
-        gap_bins=config.bins, notes=notes, **asdict(config.sampling),
+        left, right, same, fold_ids=located.pairs.fold_ids, threshold=config.threshold, fars=config.fars,
+        identities=identities, ages=located.ages, gap_bins=config.bins, notes=notes, **asdict(config.sampling),
     )  # fmt: skip
     convention = dict(settings.convention)
     if pairs.sha256:
         convention["List"] = f"{Path(pairs.source).name}, SHA-256 {pairs.sha256[:16]}…"
     if pairs.assigned_folds:
         convention["Folds"] = "assigned: slices of the genuine pairs and of the impostor pairs"
-    return task_of_protocol(name, title, protocol, images, convention=convention)
+    return task_of_protocol(name, title, protocol, located.images, convention=convention)
 
 
-def _files_below(folder: Path) -> list[Path]:
-    """Every image file below a folder, sorted.
+@dataclass(frozen=True, eq=False)
+class _LocatedPairs:
+    """Pairs as rows of n images.
+
+    Attributes:
+        images: The images.
+        pairs: The pairs whose images are there.
+        identities: (n,) identity of each image; None if unknown.
+        ages: (n,) years at each image; None if unknown.
+        skipped: Note on files in the folder of the images that are no images; empty without any.
+    """
+
+    images: ImageSet
+    pairs: PairList
+    identities: NDArray[np.str_] | NDArray[np.int64] | None
+    ages: NDArray[np.float32] | None
+    skipped: str = ""
+
+
+def _locate(pairs: ImagePairs, spec: ProtocolSpec, settings: Settings, name: str) -> _LocatedPairs:
+    """Find the images of named pairs in the folder `images=`, or in a face list; without either, only rows are known."""
+    identities = None if pairs.identities is None else np.asarray(pairs.identities)
+    if "images" in spec.options:
+        files, skipped = _files_below(Path(spec.options["images"]))
+        folder = FaceList(FileImages(files), np.zeros(len(files), np.int64), ("",))
+        located, rows = pairs.locate(folder), pairs.rows(folder)
+        found = np.flatnonzero(rows >= 0)
+        row_of = np.full(len(rows), -1)
+        row_of[found] = np.arange(len(found))
+        present = (row_of[pairs.left] >= 0) & (row_of[pairs.right] >= 0)
+        return _LocatedPairs(
+            images_of_files(name, [files[row] for row in rows[found]]),
+            replace(located, left=row_of[pairs.left[present]], right=row_of[pairs.right[present]]),
+            None if identities is None else identities[found],
+            None if pairs.ages is None else pairs.ages[found],
+            skipped,
+        )
+    if "faces" in spec.options or settings.faces is not None:
+        faces, images = faces_of(spec, settings, path_is_list=False)
+        return _LocatedPairs(images, pairs.locate(faces), faces.identities, faces.ages)
+    images = rows_only(name, len(pairs.images), pairs.images.__getitem__)
+    everything = PairList(pairs.left, pairs.right, pairs.same, pairs.fold_ids, missing=0)
+    return _LocatedPairs(images, everything, identities, pairs.ages)
+
+
+def _files_below(folder: Path) -> tuple[list[Path], str]:
+    """Every image file below a folder, sorted, and a note on the other files, empty if there are none.
 
     Raises:
         InputError: There is no such folder, or no image in it.
     """
-    files = scan_folder(folder)[0]
+    files, others = scan_folder(folder)
     if not files:
         raise InputError(f"{folder}: no images found")
-    return files
+    return files, describe_skipped(folder, others)
 
 
 def _fgnet(spec: ProtocolSpec) -> tuple[FaceList, NDArray[np.float32], ImageSet]:
@@ -191,16 +218,20 @@ def fgnet_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) ->
     faces, ages, images = _fgnet(spec)
     config = settings.config
     protocol = LeaveOneOutProtocol(faces.identities, config.ranks, ages=ages, **asdict(config.sampling))
-    return task_of_protocol(name, title, protocol, images, convention=settings.convention)
+    convention = settings.convention
+    return task_of_protocol(name, title, protocol, images, convention=convention, notes=faces.notes)
 
 
 def distractors_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> EvaluationTask:
     """FG-NET's probes among distractors: a folder of images, or the file `distractors.npy` of a folder of embeddings."""
     spec.check_options("distractors", "published", "far")
     faces, ages, images = _fgnet(spec)
+    notes = faces.notes
     if "distractors" in spec.options:
         folder = Path(spec.options["distractors"])
-        distractors = images_of_files("distractors", _files_below(folder))
+        files, skipped = _files_below(folder)
+        distractors = images_of_files("distractors", files)
+        notes += (skipped,) if skipped else ()
         source = f"{distractors.count:,} images of {folder.name}"
     else:
         distractors, source = rows_only("distractors", None), "rows of distractors.npy"
@@ -215,7 +246,7 @@ def distractors_task(spec: ProtocolSpec, settings: Settings, name: str, title: s
         return protocol.evaluate(embeddings[images.name])
 
     convention = {"Distractors": source, **settings.convention}
-    return EvaluationTask(name, title, (images, distractors), evaluate, convention=convention)
+    return EvaluationTask(name, title, (images, distractors), evaluate, convention=convention, notes=notes)
 
 
 def ijb_task(spec: ProtocolSpec, settings: Settings, name: str, title: str) -> list[EvaluationTask]:

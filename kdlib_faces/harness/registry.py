@@ -17,8 +17,8 @@ class ProtocolEntry:
 
     Attributes:
         title: Heading in the report.
-        syntax: How it is written on the command line.
-        description: What it measures.
+        syntax: Its form on the command line, such as `"age_gap[=LIST]"`.
+        description: The measures, in one line for `--help`.
         make: Makes its tasks.
     """
 

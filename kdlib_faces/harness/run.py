@@ -75,14 +75,17 @@ def prepare(
         hardware: Device of the models, and the processes that share the images; None for this process on the CPU.
         workers: Threads that decode images.
 
+    Returns:
+        The tasks, and the models with their embeddings of every image set of the tasks.
+
     Raises:
         InputError: A file is not usable, or there is nothing to evaluate.
     """
     if not models and not embeddings:
         raise InputError("evaluate: at least one model or one file of embeddings is needed, got none")
-    for what, given, most in (("models", [*models, *embeddings], 100), ("protocols", protocols, 100)):
-        if len(given) > most:
-            raise InputError(f"evaluate: at most {most} {what} are evaluated at once, got {len(given)}")
+    for what, given, limit in (("models", [*models, *embeddings], 100), ("protocols", protocols, 100)):
+        if len(given) > limit:
+            raise InputError(f"evaluate: at most {limit} {what} are evaluated at once, got {len(given)}")
     if not data and not protocols:
         raise InputError("evaluate: --data or --protocol must be given, got neither")
     face_list = read_faces(data, on_error=on_error) if data else None
@@ -132,7 +135,7 @@ def _tasks(
 
 @dataclass(frozen=True)
 class _Embedding:
-    """How models are opened and run."""
+    """Settings with which models are opened and run."""
 
     config: EvaluateConfig
     work: Path

@@ -15,11 +15,11 @@ from kdlib.distiller import Distiller
 from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones.input_spec import height_width
+from kdlib_faces.config import refuse_unused
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.data.samplers import count_cross_age_identities
 from kdlib_faces.heads import CosFaceHead
 from kdlib_faces.recipes.network import NetworkConfig
-from kdlib_faces.recipes.student import refuse_unused
 from kdlib_faces.teachers import (
     AgeEstimationLoss,
     AgeFactorLoss,

@@ -37,15 +37,20 @@ def cache_live_teachers(
         folder: Folder of the caches, one subfolder for each role.
         quiet: Show no progress.
         device: Device of the teachers.
+
+    Returns:
+        Cached teachers by role; teachers that read cached outputs already are returned as they are.
     """
-    return {
-        role: teacher
-        if isinstance(teacher, Teacher) and teacher.inputs
-        else cache_outputs(
-            teacher, images, folder / role, label=f"outputs of the {role} teacher", quiet=quiet, device=device
+    cached: dict[str, nn.Module] = {}
+    for role, teacher in teachers.items():
+        reads_targets = isinstance(teacher, Teacher) and bool(teacher.inputs)
+        label = f"outputs of the {role} teacher"
+        cached[role] = (
+            teacher
+            if reads_targets
+            else cache_outputs(teacher, images, folder / role, label=label, quiet=quiet, device=device)
         )
-        for role, teacher in teachers.items()
-    }
+    return cached
 
 
 def prepare_student(
@@ -64,7 +69,7 @@ def prepare_student(
 
     Args:
         recipe: The recipe. Its `target` selects the joint space of the teachers.
-        start: How the network is made narrower.
+        start: Settings of the narrower copy.
         network: The network of `load_start`; None builds the student of the recipe with random weights.
         teachers: Cached teachers by role.
         faces: The training images.
@@ -98,7 +103,7 @@ def prepare_student(
 
 
 class BothViews(nn.Module):
-    """A cached teacher whose embedding is the sum for the plain and the mirrored image, whichever of them the student sees.
+    """A cached teacher whose embedding is the sum for the plain and the mirrored image, so that it does not depend on the view.
 
     Args:
         teacher: Reads the targets `"sample"` and `"view"`.
@@ -145,9 +150,7 @@ def join_teachers(
     columns = ((faces.ages, MIN_AGE_GAP), (faces.age_groups, 1.0))
     pairs = sum(count_cross_age_identities(faces.identities, x, gap) for x, gap in columns if x is not None)
     if not age_map_weight or pairs < 2:
-        reason = (
-            "recipe.age_map_weight is 0" if not age_map_weight else f"{pairs} identities have images of different ages"
-        )
+        reason = f"{pairs} identities have images of different ages" if age_map_weight else "recipe.age_map_weight is 0"
         say(f"no age map is fitted: {reason}", quiet=quiet)
         ages = groups = None
     matrix = fit_joint_space(

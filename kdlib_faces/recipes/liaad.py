@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -17,8 +18,8 @@ from kdlib.types import Teacher
 from kdlib_faces._checks import InputError
 from kdlib_faces._hardware import CPU
 from kdlib_faces.backbones import BACKBONES, Backbone
-from kdlib_faces.caching.teachers import TeacherSource, open_teachers
-from kdlib_faces.config import load_config
+from kdlib_faces.caching.teachers import OpenTeachers, TeacherSource, open_teachers
+from kdlib_faces.config import load_config, refuse_unused
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.progress import say
 from kdlib_faces.recipes.joint_target import cache_live_teachers, prepare_student
@@ -33,7 +34,7 @@ from kdlib_faces.recipes.liaad_settings import (
 )
 from kdlib_faces.recipes.spaces import check_one_space
 from kdlib_faces.recipes.start import load_start
-from kdlib_faces.recipes.student import head_mesh, prepare_optimizer, refuse_unused
+from kdlib_faces.recipes.student import head_mesh, prepare_optimizer
 from kdlib_faces.teachers.input_options import InputOptions, inputs_of_models
 from kdlib_faces.teachers.open import open_teacher, stage_taps
 from kdlib_faces.training import RunOptions, TrainingSetup, open_training_images, train_on_faces
@@ -56,8 +57,8 @@ def build(
     Args:
         config: The configuration.
         teachers: `"general"` and `"age"` to frozen teachers that return `"embedding"` and, for the map and attention terms,
-            `"map"`; either may be absent. A teacher `"joint"` takes the place of both in the term of the embedding. None opens those of the configuration; an empty mapping trains the student alone,
-            on identities.
+            `"map"`; either may be absent. A teacher `"joint"` takes the place of both in the term of the embedding. None
+            opens those of the configuration; an empty mapping trains the student alone, on identities.
         student: A network instead of the configured one.
         mesh: Processes over which the class centers are distributed; None leaves them whole.
 
@@ -76,7 +77,7 @@ def build(
         ['attention', 'embedding', 'identity', 'map']
     """
     if teachers is None:
-        sources = _sources(config, config.general_teacher, config.age_teacher)
+        sources = _sources(config)
         teachers = {source.role: _open(source, config, InputOptions()) for source in sources}
     unknown = sorted(set(teachers) - {GENERAL, AGE, JOINT})
     if unknown:
@@ -123,9 +124,10 @@ def _terms(config: LIAADConfig, teachers: set[str], mesh: "DeviceMesh | None") -
     return terms
 
 
-def _sources(config: LIAADConfig, general: str, age: str) -> list[TeacherSource]:
+def _sources(config: LIAADConfig) -> list[TeacherSource]:
+    paths = {GENERAL: config.general_teacher, AGE: config.age_teacher}
     reads = features_read(config)
-    return [TeacherSource(role, path, reads[role], config.stage) for role, path in ((GENERAL, general), (AGE, age))]
+    return [TeacherSource(role, path, reads[role], config.stage) for role, path in paths.items()]
 
 
 def _open(
@@ -157,92 +159,91 @@ def train(config: LIAADRunConfig, options: RunOptions) -> Path:
             f"train: recipe 'liaad' takes two teachers, the general one first, got {len(options.teachers)}; "
             "pass --teacher FILE once for each"
         )
-    general, age = options.teachers
-    inputs = dict(zip((GENERAL, AGE), options.inputs, strict=False))
     for path, given in zip(options.teachers, options.inputs, strict=False):
         if given != InputOptions() and (Path(path).is_dir() or path in BACKBONES):
             raise InputError(
                 f"train: {path} is no model file; --input {given} does not apply to it, give 'auto' for it"
             )
-
     paths = dict(zip(options.teachers, options.inputs, strict=False))
     # Before the teachers run over all images.
     network = load_start(options.start, paths, size=config.recipe.input_size)
-
-    def build_run(faces: FaceList) -> TrainingSetup:
-        if config.recipe.identity_weight and faces.num_identities < 2:
-            raise InputError(
-                f"train: the lists hold {faces.num_identities} identities, and recipe.identity_weight needs at least two; "
-                "--set recipe.identity_weight=0 trains on the teachers alone"
-            )
-        recipe = LIAADConfig(
-            **vars(config.recipe),
-            num_identities=max(1, faces.num_identities),
-            all_labeled=faces.all_labeled,
-            seed=options.seed,
-            general_teacher=general,
-            age_teacher=age,
-        )
-        opened = open_teachers(
-            _sources(recipe, general, age),
-            faces,
-            open_file=lambda source: _open(
-                source, recipe, inputs.get(source.role, InputOptions()), options.hardware.device
-            ),
-            mirrored=config.augment.mirror > 0,
-        )
-        for line in opened.messages:
-            say(line, quiet=not options.progress)
-        if opened.views is not None:
-            refuse_unused(config, {"augment": "the caches hold the outputs for their own random views"})
-        prints = {f"{role} teacher": model_fingerprint(each) for role, each in opened.teachers.items()}
-        teachers, pixels = dict(opened.teachers), None
-        started = network is not None
-        if recipe.target == "each" and recipe.embedding_weight and recipe.embedding_projection == "none":
-            untrained = BACKBONES.keys() & set(options.teachers)
-            own = recipe if network is None else replace(recipe, embedding_dim=network.embedding_dim)
-            check_one_space(opened, faces, own, compare=not untrained)
-        if recipe.target == "joint" or started:
-            pixels = open_training_images(faces, recipe.input_size, options)
-            teachers = cache_live_teachers(
-                teachers,
-                pixels,
-                options.output / "teachers",
-                quiet=not options.progress,
-                device=options.hardware.device,
-            )
-            recipe, teachers, student = prepare_student(
-                recipe,
-                config.start,
-                network,
-                teachers,
-                faces,
-                pixels,
-                folder=options.output,
-                quiet=not options.progress,
-                hardware=options.hardware,
-            )
-        else:
-            student = recipe.build(options.seed)
-        if started:
-            prints["start"] = model_fingerprint(student)
-        distiller = build(recipe, teachers=teachers, student=student, mesh=mesh)
-        return TrainingSetup(
-            config=config,
-            distiller=distiller,
-            network=student,
-            input_size=recipe.input_size,
-            fingerprints={**prints, "seed": str(options.seed)},
-            views=opened.views,
-            optimizer="adamw" if started else "sgd",
-            steps=3000 if started else 10_000,
-            lr=1.2e-3 if started else 0.1,
-            images=pixels,
-            prepare_optimizer=prepare_optimizer(distiller),
-        )
-
     with head_mesh(config.recipe, options.hardware) as mesh:
-        return train_on_faces(build_run, options, recipe="liaad", unlabeled=True)
+        set_up = partial(_set_up, config=config, options=options, network=network, mesh=mesh)
+        return train_on_faces(set_up, options, recipe="liaad", unlabeled=True)
+
+
+def _set_up(
+    faces: FaceList,
+    *,
+    config: LIAADRunConfig,
+    options: RunOptions,
+    network: Backbone | None,
+    mesh: "DeviceMesh | None",
+) -> TrainingSetup:
+    """Open the teachers, and make the student and the distiller of a run on the lists; `network` is that of `load_start`."""
+    if config.recipe.identity_weight and faces.num_identities < 2:
+        raise InputError(
+            f"train: the lists hold {faces.num_identities} identities, and recipe.identity_weight needs at least two; "
+            "--set recipe.identity_weight=0 trains on the teachers alone"
+        )
+    general, age = options.teachers
+    recipe = LIAADConfig(
+        **vars(config.recipe), num_identities=max(1, faces.num_identities), all_labeled=faces.all_labeled,
+        seed=options.seed, general_teacher=general, age_teacher=age,
+    )  # fmt: skip
+    opened = _open_for_run(recipe, options, faces, mirrored=config.augment.mirror > 0)
+    if opened.views is not None:
+        refuse_unused(config, {"augment": "the caches hold the outputs for their own random views"})
+    prints = {f"{role} teacher": model_fingerprint(each) for role, each in opened.teachers.items()}
+    teachers, pixels = dict(opened.teachers), None
+    started = network is not None
+    if recipe.target == "each" and recipe.embedding_weight and recipe.embedding_projection == "none":
+        untrained = BACKBONES.keys() & set(options.teachers)
+        own = recipe if network is None else replace(recipe, embedding_dim=network.embedding_dim)
+        check_one_space(opened, faces, own, compare=not untrained)
+    if recipe.target == "joint" or started:
+        quiet, hardware = not options.progress, options.hardware
+        pixels = open_training_images(faces, recipe.input_size, options)
+        teachers = cache_live_teachers(
+            teachers, pixels, options.output / "teachers", quiet=quiet, device=hardware.device
+        )
+        recipe, teachers, student = prepare_student(
+            recipe, config.start, network, teachers, faces, pixels, folder=options.output, quiet=quiet, hardware=hardware
+        )  # fmt: skip
+    else:
+        student = recipe.build(options.seed)
+    if started:
+        prints["start"] = model_fingerprint(student)
+    distiller = build(recipe, teachers=teachers, student=student, mesh=mesh)
+    return TrainingSetup(
+        config=config,
+        distiller=distiller,
+        network=student,
+        input_size=recipe.input_size,
+        fingerprints={**prints, "seed": str(options.seed)},
+        views=opened.views,
+        optimizer="adamw" if started else "sgd",
+        steps=3000 if started else 10_000,
+        lr=1.2e-3 if started else 0.1,
+        images=pixels,
+        prepare_optimizer=prepare_optimizer(distiller),
+    )
+
+
+def _open_for_run(recipe: LIAADConfig, options: RunOptions, faces: FaceList, *, mirrored: bool) -> OpenTeachers:
+    """Open both teachers, each a file or a cache of the lists, on the device of the run."""
+    inputs = dict(zip((GENERAL, AGE), options.inputs, strict=False))
+    opened = open_teachers(
+        _sources(recipe),
+        faces,
+        open_file=lambda source: _open(
+            source, recipe, inputs.get(source.role, InputOptions()), options.hardware.device
+        ),
+        mirrored=mirrored,
+    )
+    for line in opened.messages:
+        say(line, quiet=not options.progress)
+    return opened
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -123,7 +123,7 @@ class LIAADRunConfig(RunConfig):
 
     Attributes:
         recipe: The recipe.
-        start: How a student that starts as a narrower copy of a teacher is made, for `--start shrink:FILE`.
+        start: Settings of a student that starts as a narrower copy of a teacher, for `--start shrink:FILE`.
     """
 
     recipe: LIAADSettings = field(default_factory=LIAADSettings)

@@ -17,6 +17,7 @@ from kdlib_faces._checks import InputError
 from kdlib_faces._hardware import Hardware
 from kdlib_faces.backbones import Backbone, InputSpec, count_macs, count_parameters, load_backbone, save_backbone
 from kdlib_faces.backbones.input_spec import height_width
+from kdlib_faces.backbones.input_statistics import input_statistics
 from kdlib_faces.backbones.registry import build_backbone
 from kdlib_faces.caching.teachers import targets_read
 from kdlib_faces.data.dataset import FaceImages
@@ -80,6 +81,9 @@ def load_start(
         start: The option.
         inputs: Path of a teacher to its input options, which also apply where the start is that file.
         size: Side of the student's images, pixels; None for those of the network, which must be square.
+
+    Returns:
+        The network in eval mode, or None.
 
     Raises:
         InputError: The start is unknown, its file cannot be used, holds no backbone of this package, or takes other images
@@ -218,27 +222,11 @@ def restore_norms(network: Backbone, images: Tensor) -> None:
     with torch.device("meta"):
         full = build_backbone(network.family, **network.arguments)
     found = _folded_norms(network, full)
-    sums = {norm: torch.zeros(2, 1, dtype=torch.float64) for norm in found}
-    counts = dict.fromkeys(found, 0)
-
-    def measure(norm: str, x: Tensor) -> None:
-        values = x.double()
-        sums[norm] = sums[norm] + torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
-        counts[norm] += x.numel() // x.shape[1]
-
-    handles = [
-        network.get_submodule(norm).register_forward_pre_hook(lambda _, inputs, norm=norm: measure(norm, inputs[0]))
-        for norm in found
-    ]
-    try:
-        for batch in torch.split(images, _BATCH):
-            network(to_float(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
+    folded = {norm: network.get_submodule(norm) for norm in found}
+    batches = (to_float(batch) for batch in torch.split(images, _BATCH))
+    statistics = input_statistics(network, list(folded.values()), batches)
     for norm, layer in found.items():
-        mean, second = (sums[norm] / counts[norm]).unbind()
-        variance = (second - mean.square()).clamp(min=0)
+        mean, variance = statistics[folded[norm]]
         new = nn.BatchNorm2d(layer.out_channels).eval()
         new.weight.copy_((variance + new.eps).sqrt())
         new.bias.copy_(mean)

@@ -15,7 +15,6 @@ from kdlib.objective import Objective, Term
 from kdlib_faces._checks import InputError
 from kdlib_faces._hardware import Hardware
 from kdlib_faces.backbones import Backbone
-from kdlib_faces.config import Configuration, walk_settings
 from kdlib_faces.data.lists import FaceList
 from kdlib_faces.heads import (
     AdaFaceHead,
@@ -44,7 +43,6 @@ __all__ = [
     "build_student",
     "head_mesh",
     "prepare_optimizer",
-    "refuse_unused",
     "train",
 ]
 
@@ -119,9 +117,8 @@ class StudentConfig(NetworkConfig):
         """
         given = {"scale": self.head_scale, "margin": self.head_margin, "chunk_size": self.head_chunk}
         options = {name: value for name, value in given.items() if value is not None}
-        with (
-            nullcontext() if mesh is None else torch.device("meta")
-        ):  # distributed centers are never allocated as a whole
+        # Distributed centers are never allocated as a whole.
+        with nullcontext() if mesh is None else torch.device("meta"):
             head = HEADS[self.head](self.embedding_dim, num_identities, **options)
         if mesh is not None:
             shard_head(head, mesh, seed=seed)
@@ -136,7 +133,7 @@ def head_mesh(config: StudentConfig, hardware: Hardware) -> AbstractContextManag
 
 
 def prepare_optimizer(distiller: Distiller) -> Callable[[torch.optim.Optimizer], None] | None:
-    """Return what leaves centers unchanged that were not sampled; None where the distiller samples none."""
+    """Return a function that makes an optimizer skip centers that were not sampled; None if none are sampled."""
     term = distiller.objective.terms.get("identity")
     loss = None if term is None else term.loss
     if not isinstance(loss, SampledHead):
@@ -218,28 +215,3 @@ def train(config: StudentRunConfig, options: RunOptions, *, name: str = "student
 
     with head_mesh(config.recipe, options.hardware) as mesh:
         return train_on_faces(build, options, recipe=name)
-
-
-def refuse_unused(
-    config: Configuration,
-    reasons: Mapping[str, str],
-    *,
-    base: Configuration | None = None,
-    command: str = "train",
-) -> None:
-    """Refuse settings that differ from their defaults in a run that does not read them.
-
-    Args:
-        config: The settings of the run, a dataclass with defaults.
-        reasons: Dotted names of settings, or groups of them, that this run does not read, each with the reason.
-        base: The configuration that holds the defaults of this run; None for those of the dataclass.
-        command: The command, for the message.
-
-    Raises:
-        InputError: One of them was changed.
-    """
-    defaults = dict(walk_settings(type(config)() if base is None else base))
-    for name, reason in reasons.items():
-        for setting, value in walk_settings(config):
-            if f"{setting}.".startswith(f"{name}.") and value != defaults[setting]:
-                raise InputError(f"{command}: {setting}={value} has no effect: {reason}")

@@ -17,7 +17,7 @@ Shown: TypeAlias = Callable[[float | None], str]
 
 
 class Finding(NamedTuple):
-    """What a run shows: a headline, sentences below it, and whether distillation helped."""
+    """Headline of a run, sentences below it, and whether distillation helped."""
 
     headline: str
     sentences: list[str]
@@ -172,16 +172,16 @@ def _leader_finding(report: Report) -> Finding:
     ]
     leads = Counter(names[0] for names, count in zip(best, known, strict=True) if len(names) == 1 and count > 1)
     leaders = [name for name in report.models if leads and leads[name] == max(leads.values())]
-    who = _join([report.label(name) for name in leaders or best[0]])
+    names = _join([report.label(name) for name in leaders or best[0]])
     if len(leaders) == 1 and len(firsts) == 1:
-        text = f"{who} has the best {_name(measure)} on {summary.title}{_support(firsts, leaders[0])}"
+        text = f"{names} has the best {_name(measure)} on {summary.title}{_support(firsts, leaders[0])}"
     elif len(leaders) == 1:
         count = f"{leads[leaders[0]]} of {len(firsts)} protocols"
-        text = f"{who} is ahead on {count}{_support(firsts, leaders[0])}"
+        text = f"{names} is ahead on {count}{_support(firsts, leaders[0])}"
     elif leaders:
-        text = f"{who} are each ahead on {leads[leaders[0]]} of {len(firsts)} protocols."
+        text = f"{names} are each ahead on {leads[leaders[0]]} of {len(firsts)} protocols."
     elif len(firsts) == 1 and 1 < len(best[0]) < known[0]:
-        text = f"{who} share the best {_name(measure)} on {summary.title}."
+        text = f"{names} share the best {_name(measure)} on {summary.title}."
     else:
         text = "No model is ahead of the others."
     return Finding(text, sentences)
@@ -192,7 +192,7 @@ def _join(names: Sequence[str]) -> str:
 
 
 def _support(firsts: Sequence[tuple[ProtocolSummary, str, Measure]], best: str) -> str:
-    """How many paired differences of the first measures are clearly in favor of the leading model."""
+    """The end of a headline: the paired differences of the first measures that are clearly in favor of the leading model."""
     favorable = {"gain": "loss", "loss": "gain"}
     verdicts = []
     for summary, key, measure in firsts:

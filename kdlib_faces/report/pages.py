@@ -46,6 +46,9 @@ def html_page(
         figures: Figure name to its SVG.
         pictures: The pictures on disk.
         missing: Names of listed pictures that are not on disk.
+
+    Returns:
+        The text of report.html.
     """
     style = files("kdlib_faces.report").joinpath("templates/style.css").read_text(encoding="utf-8")
     return _environment().get_template("report.html.j2").render(

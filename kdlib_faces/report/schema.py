@@ -240,9 +240,9 @@ def _known(name: str, names: Collection[str], path: str) -> None:
         raise report_key(path, f"among {shorten(', '.join(names), 200) or 'none'}", name)
 
 
-def _limited(values: Sized, path: str, most: int) -> None:
-    if len(values) > most:
-        raise report_key(path, f"at most {most:,} entries", len(values))
+def _limited(values: Sized, path: str, limit: int) -> None:
+    if len(values) > limit:
+        raise report_key(path, f"at most {limit:,} entries", len(values))
 
 
 def _fits(values: Sized, reference: Sized, name: str, path: str) -> None:

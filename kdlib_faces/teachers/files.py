@@ -112,6 +112,9 @@ def describe_teacher(path: str | os.PathLike[str], input_options: InputOptions |
         path: The file.
         input_options: Input options, which override those of the file.
 
+    Returns:
+        Rows of a name and a value, or None.
+
     Raises:
         InputError: The parts of a teacher file do not fit each other.
     """

@@ -58,6 +58,9 @@ def freeze_all_but(backbone: Backbone, part: Part) -> list[nn.Parameter]:
         part: `"all"`, `"tail"` (behind the last stage) or `"embedding"` (the last linear or convolutional layer and what is
             behind it).
 
+    Returns:
+        The trainable parameters, in their order in the backbone.
+
     Raises:
         InputError: The backbone has no such part.
     """

@@ -12,7 +12,7 @@ from kdlib.types import TeacherInputs
 from kdlib_faces._checks import InputError
 from kdlib_faces.heads import CosFaceHead
 
-__all__ = ["FusedTeacher", "fit_fusion", "join_embeddings"]
+__all__ = ["FusedTeacher", "fit_fusion", "join_embeddings", "principal_directions"]
 
 
 def join_embeddings(embeddings: Sequence[Tensor]) -> Tensor:
@@ -27,6 +27,16 @@ def join_embeddings(embeddings: Sequence[Tensor]) -> Tensor:
     rows = torch.cat([F.normalize(each.float(), dim=1, eps=1e-6) for each in embeddings], dim=1)
     scaled: Tensor = rows / len(embeddings) ** 0.5
     return scaled
+
+
+def principal_directions(rows: Tensor, dim: int) -> Tensor:
+    """Return the directions `(d, dim)` in which rows `(n, d)`, not centered, have the largest second moments, falling.
+
+    Rows multiplied by them keep their dot products as well as `dim` numbers can. The computation is in float64.
+    """
+    moments = rows.double().T @ rows.double()
+    directions: Tensor = torch.linalg.eigh(moments).eigenvectors.flip(1)[:, :dim].float()
+    return directions
 
 
 def fit_fusion(
@@ -96,7 +106,7 @@ def fit_fusion(
     labels, codes = torch.unique(identities, return_inverse=True)
     if len(labels) < 2:
         raise InputError(f"{owner}: identities must hold at least two, got {len(labels)}")
-    start = torch.linalg.eigh(rows.double().T @ rows.double()).eigenvectors.flip(1)[:, :dim].float().contiguous()
+    start = principal_directions(rows, dim).contiguous()
     matrix = start.clone().requires_grad_()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdlib._checks import check_number
 from kdlib_faces._checks import InputError
-from kdlib_faces.teachers.fused import join_embeddings
+from kdlib_faces.teachers.fused import join_embeddings, principal_directions
 from kdlib_faces.teachers.mapped import fit_age_map
 
 __all__ = ["fit_joint_space"]
@@ -67,6 +67,5 @@ def fit_joint_space(
             rows, identities, ages=ages, age_groups=age_groups, min_age_gap=min_age_gap, l2_sp_weight=l2_sp_weight, seed=seed
         )  # fmt: skip
     mapped = torch.nn.functional.normalize(rows @ matrix, dim=1)
-    directions = torch.linalg.eigh(mapped.double().T @ mapped.double()).eigenvectors.flip(1)[:, :dim]
-    projection: Tensor = matrix @ directions.float()
+    projection: Tensor = matrix @ principal_directions(mapped, dim)
     return projection

@@ -41,6 +41,9 @@ def onnx_taps(path: str, stage: int = 2, layout: Layout | None = None) -> dict[s
         stage: Number of the stage, from 0.
         layout: As for `OnnxTeacher`.
 
+    Returns:
+        `"embedding"` and `"map"` to the names of tensors; None stands for the output of the graph.
+
     Raises:
         InputError: The file is not an ONNX graph, or the graph has no feature maps.
     """
@@ -153,6 +156,9 @@ def open_teacher(
         input_options: Input options, which override what the file implies.
         device: Device of an ONNX graph; a network moves with the distiller.
 
+    Returns:
+        A teacher that returns `"embedding"` and `"map"`; an ONNX graph returns the map only if `features` names it.
+
     Raises:
         InputError: The file cannot be used.
     """
@@ -166,7 +172,7 @@ def open_teacher(
         return open_onnx(source, taps, input_options=input_options, resize=True, device=device)
     if Path(source).is_dir() and source not in BACKBONES:
         raise InputError(
-            f"{source} is a folder; only `kdlib-faces train`, which knows the training images, reads caches of teacher outputs"
+            f"{source} is a folder; only `kdlib-faces train` reads caches of teacher outputs, since it has the training images"
         )
     model: TeacherNet = (
         build_backbone(source, seed=seed, input_size=input_size, embedding_dim=embedding_dim)

@@ -40,10 +40,11 @@ def put_text(path: Path, lines: list[str]) -> Path:
 
 
 def lfw(root: Path) -> str:
-    """Two folds; the image of one pair is missing."""
+    """Two folds; the image of one pair is no image."""
     for identity in range(6):
         for shot in (1, 2, 3):
             put_face(root / f"lfw/P{identity}/P{identity}_{shot:04d}.jpg", identity, shot)
+    put_text(root / "lfw/P5/P5_0009.raw", ["not an image"])
     lines = ["2\t3"]
     for fold in range(2):
         mine = range(3 * fold, 3 * fold + 3)
@@ -124,6 +125,7 @@ def fgnet(root: Path, name: str = "fgnet") -> str:
 def megaface(root: Path) -> str:
     for number in range(25):
         put_face(root / f"others/{number:03d}.png", number % 30, 50 + number)
+    put_text(root / "others/list.json", ["{}"])
     return f"{fgnet(root, 'megaface_fgnet')},distractors={root / 'others'},far=0.02"
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from kdlib_faces._checks import InputError
 from kdlib_faces.commands import inspect
-from kdlib_faces.data import BinSet, FaceDataWarning, read_agedb, read_faces, save_bin, save_records
+from kdlib_faces.data import BinSet, FaceDataWarning, read_agedb, read_faces, read_fgnet, save_bin, save_records
 from kdlib_faces.data import image_files as image_files_module
 from kdlib_faces.data.dataset import load_images
 from kdlib_faces.data.image_files import decode_jpeg, image_size, image_suffixes, open_rgb, scan_folder
@@ -161,6 +161,10 @@ def test_skipped_files_are_counted_and_named(tmp_path):
     touch(tmp_path, "agedb/1_Ann_30_f.jpg", "agedb/2_Bob_30_m.jpg", "agedb/other.jpg")
     with pytest.warns(FaceDataWarning, match=r"1 images have no name like number_Name_age_sex\.jpg and were skipped"):
         read_agedb(tmp_path / "agedb")
+    touch(tmp_path, "fgnet/001A02.JPG", "fgnet/002A16.JPG", "fgnet/002A20.raw", "fgnet/points/001a02.PTS")
+    with pytest.warns(FaceDataWarning, match=r"fgnet: 1 files are no images and were skipped \(\.raw 1, such as "):
+        faces = read_fgnet(tmp_path / "fgnet", published=False)
+    assert len(faces.notes) == 1
 
 
 def test_an_identity_whose_files_cannot_be_read_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from kdlib_faces import cli
 from kdlib_faces._checks import InputError
-from kdlib_faces._output import check_output, staged, swept
+from kdlib_faces._output import check_output, remove_empty_on_error, staged
 
 
 def test_a_stage_is_moved_completely_or_not_at_all(tmp_path: Path) -> None:
@@ -66,10 +66,10 @@ def _work(output: Path, content: str) -> None:
     output.mkdir()
 
 
-def test_swept_removes_empty_folders_of_a_new_output_only(tmp_path: Path) -> None:
+def test_an_error_removes_the_empty_folders_of_a_new_output_only(tmp_path: Path) -> None:
     for name, content in (("new", ""), ("half", "x")):
         output = tmp_path / name
-        with pytest.raises(FileExistsError), swept(output):
+        with pytest.raises(FileExistsError), remove_empty_on_error(output):
             _work(output, content)
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"half", "half/work", "half/work/done"}
 

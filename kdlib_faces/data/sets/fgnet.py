@@ -68,7 +68,7 @@ def read_fgnet(folder: str | PathLike[str], *, published: bool = True) -> FaceLi
         parsed = parse_fgnet_name(name)
         return None if parsed is None else (f"{parsed.subject:03d}", float(parsed.age))
 
-    faces = list_images(folder, parse, "like 001A02.JPG or 001A43a.JPG")
+    faces = list_images(folder, parse, "like 001A02.JPG or 001A43a.JPG", beside=[".pts"])
     if published:
         check_published(folder, "FG-NET", {"images": len(faces), "subjects": faces.num_identities}, (1002, 82))
     return faces

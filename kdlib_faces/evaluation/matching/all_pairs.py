@@ -55,10 +55,10 @@ def rows_of_scores(embeddings: AnyArray) -> Iterator[tuple[int, SingleArray]]:
 
 
 def most_similar_pairs(owner: str, unit: FloatArray, codes: IntArray, far: float) -> ScoredPairs:
-    """The floor(far N) + 1 impostor pairs of highest score (all N if there are no more), rows i < j, falling.
+    """The floor(far N) + 1 impostor pairs of highest score (all N if there are no more), by falling score, then by rows.
 
-    They decide every threshold of a FAR up to `far`. Products of the unit rows (n, d) are float32; those that could be
-    among the largest are computed again in float64.
+    They decide every threshold of a FAR up to `far`; rows are i < j. Products of the unit rows (n, d) are float32; those
+    that could be among the largest are computed again in float64.
     """
     total = count_impostors(codes)
     count = min(allowed_false_accepts(far, total) + 1, total)
@@ -89,7 +89,8 @@ def most_similar_pairs(owner: str, unit: FloatArray, codes: IntArray, far: float
         if best.size > count:
             kept = np.argpartition(-best, count - 1)[:count]
             i, j, best = i[kept], j[kept], best[kept]
-    order = np.argsort(-best, kind="stable")
+    by_rows = np.argsort(i * len(unit) + j)  # the order of pairs of equal score, whatever the size of a block
+    order = by_rows[np.argsort(-best[by_rows], kind="stable")]
     return ScoredPairs(i[order], j[order], best[order])
 
 

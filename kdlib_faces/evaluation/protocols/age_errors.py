@@ -66,7 +66,7 @@ class AgeErrorResult:
         slope_within: The same within identities, each with its own level.
         operating_points: Target FAR to the global threshold and its counts.
         genuine: Every genuine pair with its score.
-        false_accepts: The impostor pairs accepted at the lowest of the thresholds, the most similar first.
+        false_accepts: The impostor pairs accepted at the lowest of the thresholds, the most similar first, then by rows.
     """
 
     fnmr_by_gap: tuple[ErrorBin, ...]
@@ -202,6 +202,10 @@ class AgeErrorProtocol:
         replicates: Bootstrap resamples over identities; 0 for none.
         seed: Seed of the resamples.
         level: Confidence of the intervals, which are over identities at thresholds kept as they are.
+
+    Raises:
+        ValueError: An age is NaN (the message gives its row), ages and groups are both absent, there is one identity only,
+            no identity has two images, or the bins do not rise.
 
     Examples:
         >>> protocol = AgeErrorProtocol([0, 0, 1, 1], ages=[3, 4, 5, 40], fars=(0.5,), replicates=20)

@@ -153,9 +153,9 @@ def identity_bootstrap(identities: ArrayLike, *, replicates: int, seed: int) -> 
 def resample_counts(owner: str, identities: int, *, replicates: int, seed: int) -> IntArray:
     """`identity_bootstrap` for a number of identities; `owner` is for errors."""
     replicates, seed = check_whole(owner, "replicates", replicates, min=0), check_whole(owner, "seed", seed, min=0)
-    most = MAX_COUNTS // identities
-    message = f"replicates must be at most {most} for {identities} identities (1.6 GB), got {replicates}"
-    require(replicates <= most, owner, message)
+    limit = MAX_COUNTS // identities
+    message = f"replicates must be at most {limit} for {identities} identities (1.6 GB), got {replicates}"
+    require(replicates <= limit, owner, message)
     return np.random.default_rng(seed).multinomial(identities, np.full(identities, 1 / identities), size=replicates)
 
 

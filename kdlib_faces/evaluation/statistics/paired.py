@@ -22,7 +22,7 @@ class Outcomes:
     Attributes:
         hits: (n,) whether each observation counts for the rate.
         identities: The two identities of each observation, (n,) each; None to resample observations.
-        verb: What a hit is: `"correct"` or `"rejected"`.
+        verb: Name of a hit: `"correct"` or `"rejected"`.
 
     Examples:
         >>> outcomes = Outcomes(np.array([True, True, False]), identities=None)

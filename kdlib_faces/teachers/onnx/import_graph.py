@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from kdlib._checks import check_floating, check_number, check_rank
-from kdlib._modes import eval_mode
 from kdlib_faces._checks import InputError
 from kdlib_faces.backbones import MBF, Backbone, IResNet, MBFFlat, MobileFaceNet
 from kdlib_faces.backbones.input_spec import height_width
+from kdlib_faces.backbones.input_statistics import input_statistics
 from kdlib_faces.teachers.onnx.chain import Layers, Residual, Step, read_chain
 from kdlib_faces.teachers.onnx.fill import Mismatch, fill
 from kdlib_faces.teachers.onnx.graph import Graph, ImageSize, file_errors, read_graph
@@ -98,29 +98,9 @@ def restore_statistics(model: nn.Module, images: Tensor, *, batch: int = 64) -> 
     check_floating("restore_statistics", images=images)
     check_rank("restore_statistics", "images", images, "b 3 h w")
     check_number("restore_statistics", "number of images", len(images), min=2, integer=True)
-    sums: dict[nn.Module, list[Tensor]] = {}
-
-    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].double().transpose(0, 1).flatten(1)
-        new = [torch.tensor(float(x.shape[1]), dtype=torch.float64), x.sum(1), x.square().sum(1)]
-        sums[module] = (
-            [total + value for total, value in zip(sums[module], new, strict=True)] if module in sums else new
-        )
-
     norms = [each for each in model.modules() if isinstance(each, nn.BatchNorm1d | nn.BatchNorm2d)]
-    hooks = [norm.register_forward_pre_hook(add) for norm in norms]
-    try:
-        with eval_mode(model), torch.no_grad():
-            for part in torch.split(images, batch):
-                model(part)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for norm in norms:
-        if norm in sums and norm.running_mean is not None and norm.running_var is not None and norm.affine:
-            count, total, squares = sums[norm]
-            mean = total / count
-            var = (squares / count - mean.square()).clamp(min=0)
+    for norm, (mean, var) in input_statistics(model, norms, torch.split(images, batch)).items():
+        if norm.running_mean is not None and norm.running_var is not None and norm.affine:
             old = (norm.running_var.double() + norm.eps).sqrt()
             with torch.no_grad():
                 norm.bias.add_((norm.weight.double() / old * (mean - norm.running_mean.double())).to(norm.bias.dtype))
