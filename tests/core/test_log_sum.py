@@ -97,6 +97,13 @@ def test_masked_samples_of_any_size_have_no_influence() -> None:
     assert not gradient(log_sum, student, teacher, weight=weight)[2].any()
 
 
+def test_masked_samples_have_no_influence_beside_large_constant_features() -> None:
+    weight = torch.tensor([1.0, 1.0, 0.0])
+    student, teacher = torch.full((3, 4), 1e10), torch.eye(3, 4)
+    value = log_sum(student, teacher, weight=weight)
+    torch.testing.assert_close(value, log_sum(student[:2], teacher[:2]))
+
+
 def test_compiles_without_graph_breaks() -> None:
     student, teacher = noise(6, 4).float(), noise(6, 4, seed=1).float()
     compiled = torch.compile(LogSumLoss(), fullgraph=True, backend="aot_eager")
