@@ -156,7 +156,7 @@ def main() -> None:
     hidden = {name for content in contents for name in content["runs"]}
     shown = {name: rows for name, rows in runs.items() if name not in hidden}
     draw(teachers, starts, shown, PICTURES / f"study_{options.part}.png")
-    for content in contents:
+    for content in (each for each in contents if len(each["runs"]) > 1):
         draw_differences(content, PICTURES / f"study_{options.part}_{content['base']}.png")
 
 
