@@ -100,12 +100,10 @@ def scan_folder(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def describe_skipped(folder: Path, others: Sequence[Path]) -> str:
-    """Return a note on the files of a folder that are no images, or an empty text if there are none."""
-    return (
-        f"{folder}: {len(others):,} files are no images and were skipped ({describe_suffixes(others)})"
-        if others
-        else ""
-    )
+    """Return a note on the files of a folder that are not images, or an empty text if there are none."""
+    if not others:
+        return ""
+    return f"{folder}: skipped files that are not images: {len(others):,} ({describe_suffixes(others)})"
 
 
 def describe_suffixes(files: Sequence[Path]) -> str:

@@ -256,8 +256,8 @@ def _readable(faces: FaceList, sources: Sequence[str], notes: list[str]) -> NDAr
     if broken:
         lost = len(set(faces.identities.tolist()) - {-1}) - len(set(faces.identities[kept].tolist()) - {-1})
         notes.append(
-            f"{where}: {len(broken):,} of {len(faces):,} images cannot be read and were skipped, and {lost:,} identities with "
-            f"them: {'; '.join(broken[:5])}{'; ...' if len(broken) > 5 else ''}"
+            f"{where}: skipped {len(broken):,} of {len(faces):,} images, which cannot be read, and with them all images of "
+            f"{lost:,} {'identity' if lost == 1 else 'identities'}: {'; '.join(broken[:5])}{'; ...' if len(broken) > 5 else ''}"
         )
     return kept
 

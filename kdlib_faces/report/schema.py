@@ -90,6 +90,15 @@ class Report:
         per_seed: Results of each seed, for runs of several seeds.
         pictures: Name to heading and caption of each picture.
         deployment: Exported forms of the models.
+
+    Examples:
+        >>> models = {"large": ModelEntry("teacher"), "small": ModelEntry("student", label="Small network")}
+        >>> report = Report("Two models", models, training={"small": TrainingCurve(step=[1, 2], loss=[0.9, 0.4])})
+        >>> check_report(report)
+        >>> report.training["medium"] = TrainingCurve(step=[1], loss=[0.5])
+        >>> check_report(report)
+        Traceback (most recent call last):
+        kdlib_faces._checks.InputError: report: run.training must be among large, small, got 'medium'
     """
 
     title: str
