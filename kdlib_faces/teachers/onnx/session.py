@@ -145,8 +145,8 @@ class OnnxTeacher(nn.Module):
         self.image_format = preprocess if isinstance(preprocess, InputSpec) else None
         if (preprocess is None or self.image_format) and graph.shape[1] not in (None, 3):
             raise InputError(
-                f"OnnxTeacher: {self.path} must take images of 3 channels, got ({show_shape(graph.declared)}); give layout=, "
-                "or a callable preprocess"
+                f"OnnxTeacher: {self.path} must take images of 3 channels, got ({show_shape(graph.declared)}) in the layout "
+                f"{graph.layout!r}; give another layout, or a callable preprocess"
             )
         self.taps: dict[str, OnnxTap] = {"embedding": None} if taps is None else dict(taps)
         if not self.taps:
