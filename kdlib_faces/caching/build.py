@@ -269,7 +269,9 @@ def describe_check(check: CacheCheck) -> str:
     again = ""
     if check.recomputed:
         again = f"; {check.recomputed} rows recomputed, maximum 1 - cos {max(check.max_cosine.values()):.2g}"
-    return f"good: {check.rows:,} rows in {counted(check.shards, 'file')} have correct checksums and finite values{again}"
+    return (
+        f"good: {check.rows:,} rows in {counted(check.shards, 'file')} have correct checksums and finite values{again}"
+    )
 
 
 def _build_options(cache: TeacherCache) -> tuple[SeededViews, dict[str, str], int, InputOptions, Amp]:
