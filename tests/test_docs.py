@@ -417,14 +417,16 @@ def test_names_in_the_text_are_linked(built: Path) -> None:
     assert re.search(r'href="api/generated/[.A-Za-z]*.html#kdlib[.a-z_]*TeacherAdapter"[^>]*><code', concepts)
 
 
-def test_the_table_of_speed_shows_the_stored_figures() -> None:
-    rows = json.loads((ROOT / "benchmarks" / "results" / "losses.json").read_text("utf-8"))["rows"]
+@pytest.mark.parametrize("file", ["losses", "margin_heads"])
+def test_the_tables_of_speed_show_the_stored_figures(file: str) -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text("utf-8"))["rows"]
     lines = (ROOT / "docs" / "comparison.md").read_text("utf-8").splitlines()
-    shown = {cells[1].replace("`", "").strip(): cells[3:7] for line in lines if len(cells := line.split("|")) == 9}
+    shown = {cells[1].replace("`", "").strip(): cells[3:8] for line in lines if len(cells := line.split("|")) == 9}
     keys = ("milliseconds", "peer_milliseconds", "extra_mib", "peer_extra_mib")
     for name, row in rows.items():
         if "peer_milliseconds" in row:
-            assert [cell.strip() for cell in shown[name]] == [format(row[key], ".1f") for key in keys], name
+            stored = [*(format(row[key], ".1f") for key in keys), row["peer"]]
+            assert [cell.strip() for cell in shown[name]] == stored, name
 
 
 def test_the_table_of_losses_shows_the_stored_figures() -> None:
