@@ -175,8 +175,9 @@ def train(
                 saving = due or store.due_by_step(run.step) or improved or run.finished
                 positions = processes.gather(run.position()) if saving else []
                 shards = run.write_shards(store) if saving else None
+                logging = evaluation or run.step == 1 or run.step % config.log_every == 0 or run.finished
                 with processes.together():
-                    if processes.rank == 0:
+                    if processes.rank == 0 and (logging or saving or hooks):
                         busy = max(elapsed - idle, 1e-9)
                         event = TrainEvent(
                             step=run.step,
@@ -189,7 +190,7 @@ def train(
                             data_wait=min(1.0, waited / busy),
                             memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
                         )
-                        if evaluation or run.step == 1 or run.step % config.log_every == 0 or run.finished:
+                        if logging:
                             log(_row(event))  # before the checkpoint: a resumed run removes rows, but adds none
                         if saving:
                             run.save(store, seconds, positions, shards)
