@@ -192,7 +192,7 @@ def rows() -> dict[str, Row]:
         "soft_target, 50,000 classes": row("", kd.soft_target, naive_soft, (64, 50_000), rounds=31),
         "soft_target, 1,000 classes": row("", kd.soft_target, naive_soft, (256, 1000)),
         "decoupled_kd": row("", dkd_ours, dkd_naive, (64, 1_000_000), rounds=3),
-        **{name: Row(*learned(name, mid_level), rounds=15, fixed=True) for name in CASES},
+        **{name: Row(*learned(name, mid_level), rounds=41, fixed=True) for name in CASES},
         "decoupled_kd, 50,000 classes": row("", dkd_ours, dkd_naive, (64, 50_000), rounds=31),
     }
 

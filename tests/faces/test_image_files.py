@@ -53,6 +53,16 @@ def test_the_exif_orientation_is_applied(tmp_path, codec, orientation):
     assert found.shape[:2] == ((48, 32) if orientation < 5 else (32, 48)) == image_size(data)
 
 
+@pytest.mark.parametrize(
+    "before", [b"\xff\xe2\0\x06\xff\xda\xff\xd9", b"\xff\xfe\0\x02" * 300, b"\xff" * 5], ids=["scan", "many", "fill"]
+)
+def test_the_orientation_is_found_behind_other_segments(tmp_path, before):
+    data = turned(np.kron(PIXELS, np.ones((8, 8, 1))), "JPEG", 6)
+    upright = read_pixels(put(tmp_path, data, "photo.jpg"))
+    found = read_pixels(put(tmp_path, data[:2] + before + data[2:], "later.jpg"))
+    np.testing.assert_array_equal(found, upright)
+
+
 def test_broken_metadata_do_not_hide_an_image():
     data = turned(PIXELS, "JPEG", 6)
     broken = data.replace(b"Exif\0\0II", b"Exif\0\0XX").replace(b"Exif\0\0MM", b"Exif\0\0XX")
