@@ -285,6 +285,23 @@ def test_channels_that_an_unknown_operation_reads_stay():
         shrink(model, [x], widths={"first": 4})
 
 
+def test_channels_that_the_output_and_a_layer_read_stay():
+    class Tapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            features = self.first(x)
+            return self.last(torch.relu(self.second(features))), features
+
+    model, x = prepared(Tapped), torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    student = shrink(model, [x], keep=0.5)
+    assert (student.first.out_features, student.second.out_features) == (8, 3)
+    with pytest.raises(ValueError, match="the channels of 'first' cannot be removed"):
+        shrink(model, [x], widths={"first": 4})
+
+
 def test_refitting_on_the_narrow_activations_equals_least_squares():
     """The second layer of a two-layer network is the least-squares solution for the kept channels."""
     model = prepared(lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double())

@@ -126,6 +126,18 @@ def test_equal_gradients_of_any_size_have_equal_weights(k: int) -> None:
         torch.testing.assert_close(weights, torch.full((k, 5), 1 / k), rtol=0, atol=1e-6)
 
 
+def test_equal_teachers_beside_another_have_equal_weights() -> None:
+    generator = torch.Generator().manual_seed(4)
+    student = torch.randn(5, 3001, generator=generator).requires_grad_()
+    first, second = (torch.randn(5, 3001, generator=generator) for _ in range(2))
+    teachers = [first, second, first]
+    losses = torch.stack([(student - each).square().mean(1) for each in teachers])
+    weights = GradientWeighting()(losses, student=student, teachers=teachers, targets={})[:, 0]
+    assert weights[0].item() == pytest.approx(weights[2].item(), abs=1e-6)
+    pair = GradientWeighting()(losses[:2], student=student, teachers=teachers[:2], targets={})[:, 0]
+    assert weights[1].item() == pytest.approx(pair[1].item(), abs=1e-5)
+
+
 def test_no_graph_and_gradients_that_are_not_finite_give_uniform_weights() -> None:
     losses, rest = batch([torch.zeros(B, D), torch.ones(B, D)])
     even = torch.full((2, B), 0.5)

@@ -172,6 +172,15 @@ def test_gradient_grows_with_one_over_length_until_the_row_is_too_short() -> Non
         assert -slope[0, 1].item() == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("loss", [attention_transfer, nst])
+def test_gradient_of_pooled_maps_grows_until_the_map_is_too_short(loss: Callable[..., Tensor]) -> None:
+    student, teacher = noise(2, 3, 4, 4), noise(2, 5, 2, 2, seed=1)
+    expected = gradient(loss, student, teacher)
+    for size in (1e-6, 1e10):
+        torch.testing.assert_close(size * gradient(loss, size * student, teacher), expected)
+    assert not gradient(loss, 1e-13 * student, teacher).any()
+
+
 def test_dead_maps_count_as_zero_vectors() -> None:
     dead, alive = torch.zeros(1, 2, 3, 3), torch.ones(1, 2, 3, 3)
     for loss, one_dead, both_dead in (
