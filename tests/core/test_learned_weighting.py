@@ -98,6 +98,12 @@ def test_the_combined_gradient_has_minimum_norm(rng: np.random.Generator, k: int
         assert (g @ combined >= combined @ combined - 1e-4 * np.trace(gram)).all()
 
 
+def test_opposing_gradients_cancel() -> None:
+    losses, rest = losses_with_gradients(np.array([[-5.5, 0.0], [3.3, 1.0], [3.3, -1.0]]))
+    weights = GradientWeighting()(losses, **rest)[:, 0]
+    assert weights.tolist() == pytest.approx([0.375, 0.3125, 0.3125], abs=1e-5)
+
+
 def test_a_useless_teacher_and_one_that_the_student_matches() -> None:
     near, far, same = torch.full((B, D), 0.5), torch.full((B, D), -9.0), torch.zeros(B, D)
     student = torch.zeros(B, D, requires_grad=True)

@@ -143,6 +143,7 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], Cases]] = [
     (LongitudinalProtocol, {"identities": [0, 0, 1], "ages": [1, 2, 3]}, [
         ({"reference": "last"}, "reference must be one of 'first', 'all'"),
         ({"years": (0,)}, "years must be"),
+        ({"fars": ()}, "fars must not be empty"),
     ]),
     (CrossGroupProtocol, {"identities": [0, 0, 1, 1], "groups": ["young", "adult", "young", "adult"]}, [
         ({"groups": ["young", "old", "young", "old"]}, "gallery must be one of 'old', 'young', got 'adult'"),
