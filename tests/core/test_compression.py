@@ -170,6 +170,14 @@ def test_a_narrower_network_is_close_and_has_fewer_parameters(build, criterion):
     sum(x.square().mean() for x in torch.atleast_1d(student(unseen)[0])).sum().backward()
 
 
+def test_keep_is_the_share_of_each_space():
+    """Each of the four groups of a grouped convolution keeps the same number of channels, 2 of 3 and 2 of 4."""
+    student = shrink(prepared(Branches), [images()], keep=0.5)
+    layers = (student.left, student.right, student.mix, student.grouped, student.after)
+    assert [layer.out_channels for layer in layers] == [4, 6, 8, 8, 16]
+    assert student.mlp[1].out_features == 15
+
+
 def kill(layer: nn.Conv2d | nn.Linear, channels: list[int]) -> None:
     with torch.no_grad():
         layer.weight[channels] = 0

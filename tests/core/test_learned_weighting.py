@@ -132,6 +132,13 @@ def test_equal_gradients_of_any_size_have_equal_weights(k: int) -> None:
         torch.testing.assert_close(weights, torch.full((k, 5), 1 / k), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("k", [2, 3])
+def test_gradients_that_are_equal_up_to_rounding_have_equal_weights(k: int) -> None:
+    row = np.random.default_rng(0).normal(size=1000)
+    losses, rest = losses_with_gradients(np.stack([row * (1 + 1e-9 * index) for index in range(k)]))
+    assert GradientWeighting()(losses, **rest)[:, 0].tolist() == pytest.approx([1 / k] * k, abs=0.01)
+
+
 def test_equal_teachers_beside_another_have_equal_weights() -> None:
     generator = torch.Generator().manual_seed(4)
     student = torch.randn(5, 3001, generator=generator).requires_grad_()

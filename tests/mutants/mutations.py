@@ -7,7 +7,7 @@ from types import CodeType
 
 import libcst as cst
 from libcst.metadata import MetadataWrapper, PositionProvider
-from mutmut.mutation.mutators import mutation_operators, operator_arg_removal, operator_assignment
+from mutmut.mutation.mutators import mutation_operators, operator_arg_removal, operator_assignment, operator_if_exp
 
 MESSAGE_NAMES = {"owner", "name", "names", "what", "argument", "message", "where", "like"}
 """Parameters and variables that only error messages use."""
@@ -124,6 +124,10 @@ class _Visitor(cst.CSTVisitor):
                 return False
             self.silent |= {arg.value for arg in node.args if _is_silent(node, arg)}
             self.equal |= _sort_kinds(node)
+        if isinstance(node, cst.If) and _is_compiling(node.test) and node.orelse is None:
+            return False
+        if isinstance(node, cst.IfExp) and _is_compiling(node.test):
+            self.equal[node] = cst.Module(body=[]).code_for_node(next(iter(operator_if_exp(node))))
         if isinstance(node, cst.Comparison):
             self.equal |= _dtype_kinds(node)
         if isinstance(node, cst.Assign) and _code(node.targets[0].target) in MESSAGE_NAMES:
@@ -204,6 +208,11 @@ def _is_silent(call: cst.Call, arg: cst.Arg) -> bool:
         named = isinstance(value, cst.Name) and value.value in MESSAGE_NAMES
         return named or isinstance(value, (cst.SimpleString, cst.FormattedString))
     return False
+
+
+def _is_compiling(test: cst.BaseExpression) -> bool:
+    """Whether only a compiler takes a branch; the tests of `torch.compile` do not run for mutants."""
+    return isinstance(test, cst.Call) and _callee(test) == "is_compiling"
 
 
 def _sort_kinds(call: cst.Call) -> dict[cst.CSTNode, str]:
