@@ -146,7 +146,9 @@ def test_zero_rows_are_orthogonal_to_everything() -> None:
         value = angular_distill(student, teacher, form=form, reduction="none")
         assert value.tolist() == pytest.approx(values, rel=1e-6)
         assert not torch.autograd.grad(value.sum(), student)[0].any()
-        assert angular_distill(teacher, student, form=form, reduction="none").tolist() == pytest.approx(values, rel=1e-6)
+        assert angular_distill(teacher, student, form=form, reduction="none").tolist() == pytest.approx(
+            values, rel=1e-6
+        )
 
 
 @each_dtype

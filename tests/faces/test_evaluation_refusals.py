@@ -271,6 +271,11 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], Cases]] = [
         ({"protocol": "lfw"}, r"protocol must have an evaluate\(embeddings\) method, got str"),
     ]),
 ]  # fmt: skip
+OWNERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    evaluate_pairs: PairProtocol,
+    leave_one_out: LeaveOneOutProtocol,
+}
+"""Functions whose messages begin with the name of the protocol that they build."""
 CASES = [(function, {**valid, **change}, message) for function, valid, cases in TABLE for change, message in cases]
 
 
@@ -279,6 +284,7 @@ def test_wrong_arguments_are_refused(function: Callable[..., Any], arguments: di
     with pytest.raises((TypeError, ValueError), match=message) as caught:
         function(**arguments)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{OWNERS.get(function, function).__name__}: ")
 
 
 @pytest.mark.parametrize(("function", "valid", "cases"), TABLE)
