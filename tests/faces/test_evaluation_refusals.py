@@ -107,6 +107,7 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], Cases]] = [
         ({"ties": "maybe"}, "ties must be one of 'correct', 'wrong'"),
         ({"cleaning": "soap"}, "cleaning must be one of"),
         ({"sizes": (10, 5)}, "sizes must rise"),
+        *(({"sizes": (size, 5)}, f"sizes must be a whole number and >= 1, got {size}") for size in (0, 2.5)),
         ({"sizes": (10, 21)}, "sizes must be at most the 20 distractors, got"),
         ({"distractors": with_row(OTHERS, 1, 0)}, "distractors must be non-zero in every row, got row 1"),
         ({"distractors": np.zeros((3, 4)), "cleaning": "exclude_zeros"}, "one that is not cleaned away, got none"),
