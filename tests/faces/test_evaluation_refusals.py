@@ -245,6 +245,7 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], Cases]] = [
         ({"identities": [1]}, "identities must be as long as a"),
     ]),
     (clustered_rate, {"hits": [1.0, 0.0], "identities": [0, 1]}, [
+        ({"hits": ["1", "0"]}, "hits must be an array of numbers"),
         ({"hits": [2.0], "identities": [0]}, r"hits must be in \[0, 1\], got entry 0"),
         ({"identities": [0]}, "identities must be as long as hits"),
     ]),
