@@ -51,7 +51,7 @@ docs:
 	$(PY) -m sphinx -q -W -n -b html docs docs/_build/html
 
 bench: $(VENV)/.dev
-	$(VENV)/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5 torch-pruning==1.6.1
+	$(VENV)/bin/python -m pip install --quiet --no-deps torchdistill==1.1.5 torch-pruning==1.6.1 pytorch-metric-learning==2.9.0
 	for file in benchmarks/bench_*.py; do $(VENV)/bin/python $$file || exit 1; done
 
 # The wheel and the source distribution, in dist/.

@@ -218,6 +218,8 @@ def main() -> None:
     given = parser.parse_args()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
+    if (opencv := views.find_opencv()) is not None:
+        opencv.setNumThreads(0)
     results: dict[str, Any] = {"decoding": decoding(given.rounds)}
     print(json.dumps(results["decoding"], indent=1))
     torch.set_num_threads(threads)

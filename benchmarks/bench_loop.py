@@ -66,7 +66,7 @@ def by_kdlib(distiller: Distiller, loader: list[tuple[Tensor, dict[str, Tensor]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=100, help="steps of a round (100)")
-    parser.add_argument("--rounds", type=int, default=9, help="pairs of rounds (9)")
+    parser.add_argument("--rounds", type=int, default=31, help="pairs of rounds (31)")
     parser.add_argument("--batch", type=int, default=16, help="images per step (16)")
     parser.add_argument("--output", type=Path, help="JSON file of the result")
     options = parser.parse_args()

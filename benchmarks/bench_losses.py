@@ -1,5 +1,7 @@
 """Speed and memory of the losses: `python benchmarks/bench_losses.py [--only NAME] [--threads 2]`.
 
+`bench_margin_heads.py` measures the margin heads in the same way.
+
 Measures forward and backward of each loss, of the same loss in torchdistill 1.1.5 if it has it
 (`pip install --no-deps torchdistill==1.1.5`), and of the plain formula as in most public code. The faster of the two is the
 peer. Time is measured in turns and reported as the median of the ratios; memory is the peak above the inputs in a separate
@@ -190,7 +192,7 @@ def rows() -> dict[str, Row]:
         "soft_target, 50,000 classes": row("", kd.soft_target, naive_soft, (64, 50_000), rounds=31),
         "soft_target, 1,000 classes": row("", kd.soft_target, naive_soft, (256, 1000)),
         "decoupled_kd": row("", dkd_ours, dkd_naive, (64, 1_000_000), rounds=3),
-        **{name: Row(*learned(name, mid_level), rounds=15, fixed=True) for name in CASES},
+        **{name: Row(*learned(name, mid_level), rounds=41, fixed=True) for name in CASES},
         "decoupled_kd, 50,000 classes": row("", dkd_ours, dkd_naive, (64, 50_000), rounds=31),
     }
 
@@ -203,16 +205,19 @@ def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def once(loss: Pair, student: Tensor, teacher: Tensor) -> float:
-    """Return the seconds of a forward and a backward pass."""
+    """Return the seconds of a forward and a backward pass; with one thread, those of the processor.
+
+    Other programs on the machine do not count as time of the processor.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     student.grad = None
-    began = time.perf_counter()
+    began = clock()
     loss(student, teacher).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def memory(name: str, side: str) -> None:
+def memory(row: Row, side: str) -> None:
     """Print the peak memory above the inputs and the gradient; runs in a separate process."""
-    row = rows()[name]
     loss = row.ours if side == "ours" else row.peers[side]
     small = (2, *row.shape[1:]) if row.fixed else tuple(min(n, 64) for n in row.shape)
     once(loss, *inputs(small))
@@ -232,10 +237,10 @@ def resident(field: str) -> int:
     raise RuntimeError(f"no {field} in /proc/self/status")
 
 
-def extra(name: str, side: str, threads: int) -> int:
+def extra(name: str, row: Row, side: str, threads: int) -> int:
     """Return the peak memory of one side in bytes, the minimum of three processes."""
-    command = [sys.executable, __file__, "--memory", side, "--only", name, "--threads", str(threads)]
-    times = 1 if rows()[name].limit_mib else 3
+    command = [sys.executable, sys.argv[0], "--memory", side, "--only", name, "--threads", str(threads)]
+    times = 1 if row.limit_mib else 3
     peaks = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(times)]
     return max(min(peaks), 1)
 
@@ -245,7 +250,7 @@ def measure(name: str, row: Row, threads: int) -> dict[str, Any]:
     student, teacher = inputs(row.shape)
     if not row.peers:
         seconds = statistics.median(once(row.ours, student, teacher) for _ in range(row.rounds))
-        mib = extra(name, "ours", threads) / MIB
+        mib = extra(name, row, "ours", threads) / MIB
         measured = {"milliseconds": round(1000 * seconds, 3), "extra_mib": round(mib, 2), "limit_mib": row.limit_mib}
         return {"shape": list(row.shape), "peer": "none fits"} | measured
     ours, difference = float(row.ours(student, teacher).detach()), 0.0
@@ -262,7 +267,7 @@ def measure(name: str, row: Row, threads: int) -> dict[str, Any]:
     mine, *others = zip(*rounds, strict=True)
     times = dict(zip(row.peers, others, strict=True))
     best = min(times, key=lambda peer: statistics.median(times[peer]))
-    bytes_ours, bytes_peer = extra(name, "ours", threads), extra(name, best, threads)
+    bytes_ours, bytes_peer = extra(name, row, "ours", threads), extra(name, row, best, threads)
     return {
         "shape": list(row.shape),
         "peer": best,
@@ -287,19 +292,20 @@ def line(name: str, result: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    """Print and save the table."""
-    parser = argparse.ArgumentParser(description="Speed and memory of the losses.")
+def main(make_rows: Callable[[], dict[str, Row]], description: str, file: str, *, threads: int = 2) -> None:
+    """Measure the rows, print the table and save it as `results/{file}`."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--only", help="one row")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=threads)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    rows = make_rows()
     if options.memory:
-        return memory(options.only, options.memory)
+        return memory(rows[options.only], options.memory)
     table = {}
     print(f"{'loss':30}{'shape':>22}{'ms':>10}{'peer ms':>10}{'faster':>8}{'MiB':>9}{'peer MiB':>10}{'less':>8}  peer")
-    for name, row in rows().items():
+    for name, row in rows.items():
         if options.only not in (None, name):
             continue
         table[name] = result = measure(name, row, options.threads)
@@ -309,9 +315,9 @@ def main() -> None:
     if options.only is None:
         kept = {"torch": torch.__version__, "threads": options.threads, "cores": os.cpu_count()}
         kept |= {"platform": platform.machine(), "rows": table}
-        (Path(__file__).parent / "results" / "losses.json").write_text(json.dumps(kept, indent=1) + "\n")
+        (Path(__file__).parent / "results" / file).write_text(json.dumps(kept, indent=1) + "\n")
     return None
 
 
 if __name__ == "__main__":
-    main()
+    main(rows, "Speed and memory of the losses.", "losses.json")

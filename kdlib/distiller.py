@@ -1,7 +1,7 @@
 """The Module that runs a student, its teachers and an objective on a batch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +91,13 @@ class Distiller(nn.Module):
         self.objective = objective
         # Not registered as submodules: teachers are neither trained, saved nor switched to training mode.
         object.__setattr__(self, "teachers", dict(teachers))
+        # Found once, because checks of Protocols take as long as a small layer.
+        updated = {name: each for name, each in teachers.items() if isinstance(each, UpdatedTeacher)}
+        self._updated, self._frozen = tuple(updated), tuple(name for name in teachers if name not in updated)
+        self._readers = frozenset(name for name, teacher in teachers.items() if isinstance(teacher, StudentReader))
         self.updated_teachers = nn.ModuleDict()
-        for name, teacher in teachers.items():
-            if isinstance(teacher, UpdatedTeacher) and isinstance(teacher, nn.Module):
+        for name, teacher in updated.items():
+            if isinstance(teacher, nn.Module):
                 check_key("Distiller", "the name of a teacher that is saved", name)
                 self.updated_teachers[name] = teacher
         for module in self._frozen_modules():
@@ -107,7 +111,7 @@ class Distiller(nn.Module):
         return [teacher for teacher in self.teachers.values() if isinstance(teacher, nn.Module)]
 
     def _frozen_modules(self) -> list[nn.Module]:
-        return [each for each in self._teacher_modules() if not isinstance(each, UpdatedTeacher)]
+        return [each for each in map(self.teachers.__getitem__, self._frozen) if isinstance(each, nn.Module)]
 
     def features(self, inputs: Any, targets: Targets | None = None) -> tuple[Features, dict[str, Features]]:
         """Run the student and every teacher; return the student's features and those of each teacher."""
@@ -120,7 +124,7 @@ class Distiller(nn.Module):
         devices = [x.device for x in student.values() if isinstance(x, Tensor)]
         device = devices[0] if devices else torch.device("cpu")
         for name, teacher in self.teachers.items():
-            if isinstance(teacher, StudentReader) and teacher.reads_student:
+            if name in self._readers and cast(StudentReader, teacher).reads_student:
                 teachers[name] = teacher(student)
                 continue
             check_teacher_inputs(name, input_names(teacher.inputs), targets or {})
@@ -222,9 +226,8 @@ class Distiller(nn.Module):
         Args:
             step: the step, counted from 0; `None` lets each teacher count its updates.
         """
-        for teacher in self.teachers.values():
-            if isinstance(teacher, UpdatedTeacher):
-                teacher.update(self.student, step=step)
+        for name in self._updated:
+            cast(UpdatedTeacher, self.teachers[name]).update(self.student, step=step)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves _apply untyped

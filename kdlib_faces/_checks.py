@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "InputError", "NotFiniteError", "check_class_centers", "check_class_shards", "check_every_identity", "check_identities", "check_identities_or_triplets",
-    "check_mesh", "check_parameter", "check_rates", "check_set", "describe_error", "report_key", "show_name",
+    "check_mesh", "check_parameter", "check_rates", "check_set", "counted", "describe_error", "report_key", "show_name",
 ]  # fmt: skip
 
 
@@ -47,6 +47,16 @@ class NotFiniteError(InputError):
     def __init__(self, problem: str, row: int) -> None:
         super().__init__(f"{problem} for image {row} of the batch")
         self.problem, self.row = problem, row
+
+
+def counted(number: int, noun: str, nouns: str = "") -> str:
+    """Return a number with its noun, by default with an s for any number but 1.
+
+    Examples:
+        >>> counted(1, "file"), counted(2000, "file"), counted(0, "identity", "identities")
+        ('1 file', '2,000 files', '0 identities')
+    """
+    return f"{number:,} {noun if number == 1 else nouns or f'{noun}s'}"
 
 
 def describe_error(error: BaseException) -> str:

@@ -89,7 +89,13 @@ def dump_toml(config: Configuration) -> str:
 
 
 def walk_settings(config: Configuration, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the dotted name and the value of each setting of a configuration dataclass, nested ones included."""
+    """Yield the dotted name and the value of each setting of a configuration dataclass, nested ones included.
+
+    Examples:
+        >>> from kdlib_faces.training import RunConfig
+        >>> dict(walk_settings(RunConfig()))["training.batch_size"]
+        64
+    """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -115,6 +121,14 @@ def refuse_unused(
 
     Raises:
         InputError: One of them was changed.
+
+    Examples:
+        >>> from kdlib_faces.training import TrainingConfig
+        >>> reasons = {"ema_decay": "the result is the last checkpoint"}
+        >>> refuse_unused(TrainingConfig(lr=0.2), reasons)
+        >>> refuse_unused(TrainingConfig(ema_decay=0.999), reasons)
+        Traceback (most recent call last):
+        kdlib_faces._checks.InputError: train: ema_decay=0.999 has no effect: the result is the last checkpoint
     """
     defaults = dict(walk_settings(type(config)() if base is None else base))
     for name, reason in reasons.items():
@@ -124,7 +138,17 @@ def refuse_unused(
 
 
 def to_toml(config: Configuration) -> dict[str, object]:
-    """Return a configuration as a TOML table. TOML has no null: fields that are None and None by default are omitted."""
+    """Return a configuration as a TOML table. TOML has no null: fields that are None and None by default are omitted.
+
+    Examples:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Config:
+        ...     output: Path = Path("runs")
+        ...     steps: int | None = None
+        ...     lr: float | None = 0.1
+        >>> to_toml(Config(lr=None))
+        {'output': 'runs', 'lr': 'none'}
+    """
     items = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
     return {field.name: _toml_value(item) for field, item in items if item is not None or field.default is not None}
 
@@ -146,6 +170,13 @@ def read_toml(path: Path) -> dict[str, object]:
 
     Raises:
         InputError: the file is missing, unreadable or not TOML.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "run.toml").write_text("[training]\\nsteps = 100\\n")
+        ...     read_toml(Path(folder, "run.toml"))
+        {'training': {'steps': 100}}
     """
     try:
         with path.open("rb") as stream:

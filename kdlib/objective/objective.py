@@ -108,6 +108,7 @@ class Objective(nn.Module):
                 check_cross_layer(name, self.weighting)
         self._step: int | None = None
         self._given = False
+        self._kind = _WeightingKind(self.weighting)
         self.losses = nn.ModuleDict({n: t.loss for n, t in self.terms.items() if isinstance(t.loss, nn.Module)})
         self.projections = nn.ModuleDict()
 
@@ -262,8 +263,9 @@ class Objective(nn.Module):
             if lead is None:
                 per_sample = losses if losses.dim() == 2 else losses[:, None].expand(-1, first(student).shape[0])
                 weights = self._weights(per_sample, student, [*teachers.values()], targets)
-                if isinstance(self.weighting, PenalizedWeighting):
-                    penalties.append(self.weighting.penalty(per_sample.detach()))
+                penalized = self._weighting_kind().penalized
+                if penalized is not None:
+                    penalties.append(penalized.penalty(per_sample.detach()))
             else:
                 weights = _rows(lead, [*teachers], name)
             compared[name] = Comparison(student, losses, tuple(teachers), weights, sample)
@@ -272,12 +274,18 @@ class Objective(nn.Module):
         return {name: compared[name] for name in self.terms}, penalties
 
     def _weights(self, losses: Tensor, student: Side, teachers: list[Side], targets: Targets) -> Tensor:
-        with_graph = isinstance(self.weighting, GraphWeighting) and self.weighting.needs_graph
+        graph = self._weighting_kind().graph
+        with_graph = graph is not None and graph.needs_graph
         given = losses if with_graph else losses.detach()
         weighting = cast(CrossLayerWeighting, self.weighting)  # called with lists only where it accepts them
         weights = weighting(given, student=student, teachers=teachers, targets=targets)
         check_weights_of(losses, weights)
         return weights.detach() if with_graph else weights
+
+    def _weighting_kind(self) -> "_WeightingKind":
+        if self._kind.weighting is not self.weighting:  # assigned since
+            self._kind = _WeightingKind(self.weighting)
+        return self._kind
 
     def _project(self, name: str, teacher: str, student: Side) -> Side:
         if self.terms[name].project is None:
@@ -298,6 +306,15 @@ class Objective(nn.Module):
             side = _side(f"teacher {key!r}", teacher_features[key], term.teacher or (), name)
             sides[key] = side.detach() if isinstance(side, Tensor) else [each.detach() for each in side]
         return sides
+
+
+class _WeightingKind:
+    """What a weighting is beyond a `Weighting`, found once: checks of Protocols take as long as a small layer."""
+
+    def __init__(self, weighting: Weighting) -> None:
+        self.weighting = weighting
+        self.penalized = weighting if isinstance(weighting, PenalizedWeighting) else None
+        self.graph = weighting if isinstance(weighting, GraphWeighting) else None
 
 
 def _side(owner: str, features: Features, taps: str | Sequence[str], term: str) -> Side:

@@ -1,9 +1,11 @@
 """Event, result and exceptions of a training run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from time import monotonic
+from typing import Any, Self, TypedDict
 
 from torch import Tensor
 
@@ -13,6 +15,7 @@ __all__ = [
     "Evaluation",
     "StepValues",
     "Hook",
+    "Meter",
     "TrainEvent",
     "TrainResult",
     "TrainingDiverged",
@@ -87,6 +90,60 @@ class TrainEvent:
     step_seconds: float = 0.0
     data_wait: float = 0.0
     memory: int = 0
+
+
+class Meter:
+    """What the times of a `TrainEvent` are computed from, since this process started training.
+
+    Args:
+        step: Steps completed before.
+        seconds: Training time of earlier processes.
+    """
+
+    def __init__(self, step: int, seconds: float) -> None:
+        self.images = 0
+        """Images of the completed steps, over all processes."""
+        self.seconds = seconds
+        """Training time of the run up to the last `tick`, including earlier processes."""
+        self._first_step, self._earlier, self._began = step, seconds, monotonic()
+        self._elapsed = self._idle = self._waited = 0.0
+
+    def tick(self) -> Self:
+        """Add the time that has passed."""
+        self._elapsed = monotonic() - self._began
+        self.seconds = self._earlier + self._elapsed
+        return self
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The block waits for the loader."""
+        began = monotonic()
+        yield
+        self._waited += monotonic() - began
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The block does not train, so that speeds leave it out."""
+        began = monotonic()
+        yield
+        self._idle += monotonic() - began
+
+    def event(
+        self, step: int, total_steps: int, last: StepValues, evaluation: Evaluation | None, *, memory: int
+    ) -> TrainEvent:
+        """Return the event of a step."""
+        busy = max(self._elapsed - self._idle, 1e-9)
+        return TrainEvent(
+            step=step,
+            total_steps=total_steps,
+            **last,
+            images_per_second=self.images / busy,
+            seconds=self.seconds,
+            evaluation=evaluation,
+            step_seconds=busy / max(1, step - self._first_step),
+            data_wait=min(1.0, self._waited / busy),
+            memory=memory,
+        )
 
 
 Hook = Callable[[TrainEvent], object]

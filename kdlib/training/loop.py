@@ -1,9 +1,9 @@
 """The training loop."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from math import isfinite
-from time import monotonic
+from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ from kdlib.training.batches import batch_size, splitter
 from kdlib.training.checkpoint import CheckpointStore
 from kdlib.training.config import TrainConfig
 from kdlib.training.distributed import Processes, synchronized_batch_norm, wrap
-from kdlib.training.events import Hook, TrainEvent, TrainResult
+from kdlib.training.events import Hook, Meter, TrainEvent, TrainResult
 from kdlib.training.fingerprint import check_same
 from kdlib.training.log import LogRow, append_log
 from kdlib.training.run import Run, private_randomness
@@ -90,10 +90,10 @@ def train(
                 loader.shard(processes.rank, processes.count)
             stream = BatchStream(loader, config.accumulate, exact=processes.count > 1)
             total_steps = stream.steps(config.epochs, config.max_steps)
-        lengths = processes.gather(stream.length)
-        check_argument(
-            len(set(lengths)) == 1,
-            f"loader must have the same number of batches in every process, got {lengths}; use a DistributedSampler",
+        _same_everywhere(
+            processes,
+            stream.length,
+            "loader must have the same number of batches in every process, got {}; use a DistributedSampler",
         )
         if not distiller.objective.inferred:
             with processes.together():
@@ -109,12 +109,10 @@ def train(
                 store.check_writable()
         decisions = {"evaluate": config.evaluate is not None, "evaluate_every": config.evaluate_every}
         check_same(processes.gather({**run.fingerprint, **decisions, "patience": config.patience}))
-        steps = processes.gather(run.step)
-        check_argument(
-            len(set(steps)) == 1, f"checkpoint_dir must be one directory shared by all processes, got steps {steps}"
+        _same_everywhere(
+            processes, run.step, "checkpoint_dir must be one directory shared by all processes, got steps {}"
         )
-        start, idle, images, seconds = monotonic(), 0.0, 0, run.seconds
-        waited, first_step = 0.0, run.step
+        meter = Meter(run.step, run.seconds)
 
         with ExitStack() as stack:
             # After the projections have been created.
@@ -127,72 +125,52 @@ def train(
             while not run.finished:
                 evaluating = run.evaluation_due
                 with processes.together(4) as votes:
-                    group: list[Batch] = []
                     position = run.position()
-                    began = monotonic()
-                    try:
-                        if not signals.pending and not evaluating:
-                            epoch, first, group = stream.take()
-                            group = [split(batch) for batch in group]
-                    except Exception:
-                        if not signals.pending:  # otherwise the signal may have ended a worker of the loader too
-                            raise
-                    waited += monotonic() - began
+                    with meter.waiting():
+                        resting = evaluating or bool(signals.pending)
+                        epoch, first, group = (0, 0, []) if resting else _take(stream, split, signals)
                     votes[:] = signals.pending, store.due_by_time(), len(group), -len(group)
                 stop, due, most, fewest = votes
                 if stop:
-                    run.checkpoint(store, seconds, position)
+                    run.checkpoint(store, meter.seconds, position)
                     signals.deliver(stop)
                     run.seek(position)  # the caller's handler has returned, so training goes on
                     continue
-                same = most == -fewest
                 check_argument(
-                    same,
+                    most == -fewest,
                     "loader must have the same number of batches in every process, got an epoch that ends earlier in one",
                 )
                 evaluation = None
                 if evaluating and config.evaluate is not None:
-                    began = monotonic()
                     try:
-                        evaluation = run.evaluate(config.evaluate, signals)
+                        with meter.evaluating():
+                            evaluation = run.evaluate(config.evaluate, signals)
                     except Exception:
-                        run.checkpoint(store, seconds, position)  # a resumed run evaluates this step first
+                        run.checkpoint(store, meter.seconds, position)  # a resumed run evaluates this step first
                         raise
-                    elapsed = monotonic() - start
-                    idle += monotonic() - began
                     if evaluation is None:
                         continue
                 else:
                     lr = set_lr(run.optimizer, lr_factor(run.step, total_steps, config))
                     total, terms, weights = accumulate(run, forward, group, store, epoch=epoch, first=first)
                     run.update({"epoch": epoch, "total": total, "terms": terms, "weights": weights, "lr": lr})
-                    images += processes.count * sum(batch_size(inputs) for inputs, _ in group)
-                    elapsed = monotonic() - start
-                seconds = run.seconds + elapsed
+                    meter.images += processes.count * sum(batch_size(inputs) for inputs, _ in group)
+                meter.tick()
                 if run.evaluation_due:  # before which a signal may arrive
                     continue
                 improved = evaluation is not None and evaluation.improved
                 saving = due or store.due_by_step(run.step) or improved or run.finished
                 positions = processes.gather(run.position()) if saving else []
                 shards = run.write_shards(store) if saving else None
+                logging = evaluation or run.step == 1 or run.step % config.log_every == 0 or run.finished
                 with processes.together():
-                    if processes.rank == 0:
-                        busy = max(elapsed - idle, 1e-9)
-                        event = TrainEvent(
-                            step=run.step,
-                            total_steps=total_steps,
-                            **run.last,
-                            images_per_second=images / busy,
-                            seconds=seconds,
-                            evaluation=evaluation,
-                            step_seconds=busy / max(1, run.step - first_step),
-                            data_wait=min(1.0, waited / busy),
-                            memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
-                        )
-                        if evaluation or run.step == 1 or run.step % config.log_every == 0 or run.finished:
+                    if processes.rank == 0 and (logging or saving or hooks):
+                        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+                        event = meter.event(run.step, total_steps, run.last, evaluation, memory=memory)
+                        if logging:
                             log(_row(event))  # before the checkpoint: a resumed run removes rows, but adds none
                         if saving:
-                            run.save(store, seconds, positions, shards)
+                            run.save(store, meter.seconds, positions, shards)
                         for hook in hooks:
                             hook(event)
                 if saving and store.directory is not None:
@@ -209,13 +187,32 @@ def train(
         total=run.last["total"],
         terms=run.last["terms"],
         ema=run.ema.state_dict() if run.ema else None,
-        seconds=seconds,
+        seconds=meter.seconds,
         resumed_from=resumed_from,
         checkpoint=store.newest,
         evaluations=tuple(run.evaluations),
         best=best,
         stopped_early=run.step < total_steps,
     )
+
+
+def _same_everywhere(processes: Processes, value: object, problem: str) -> None:
+    """Check that a value is the same in every process; `{}` in `problem` stands for the values."""
+    values = processes.gather(value)
+    check_argument(len(set(values)) == 1, problem.format(values))
+
+
+def _take(
+    stream: BatchStream, split: Callable[[Any], tuple[Any, Any]], signals: DeferredSignals
+) -> tuple[int, int, list[Batch]]:
+    """Return the epoch, the first batch in it and the batches of the next step; none if a signal arrives meanwhile."""
+    try:
+        epoch, first, group = stream.take()
+        return epoch, first, [split(batch) for batch in group]
+    except Exception:
+        if not signals.pending:  # otherwise the signal may have ended a worker of the loader too
+            raise
+        return 0, 0, []
 
 
 def _place(distiller: Distiller, config: TrainConfig) -> torch.device:

@@ -96,7 +96,7 @@ def accumulate(
             values = packed if values is None else values + packed
             if left == 0:
                 # Copied before the backward pass and read after it, so that the device never waits for the host.
-                readings = Readings(values / len(group), output, processes.average)
+                readings = Readings(values if len(group) == 1 else values / len(group), output, processes.average)
             run.scaler.scale(output.total / len(group)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     total, terms, weights = readings.fetch()
     if isfinite(total):

@@ -43,6 +43,16 @@ class AlignConfig:
         max_misfit: A face is doubtful whose points differ more than this from the template, in pixels of a 112 x 112 crop (root
             mean square after the alignment): a profile, or wrong points.
         max_rival: A crop is doubtful if another face has more than this share of its size.
+
+    Raises:
+        ValueError, TypeError: A value is out of range.
+
+    Examples:
+        >>> AlignConfig(several="all", min_size=40, format="jpg").size
+        112
+        >>> AlignConfig(several="first")
+        Traceback (most recent call last):
+        ValueError: AlignConfig: several must be one of 'largest', 'center', 'all', 'refuse', got 'first'
     """
 
     several: Several = "largest"

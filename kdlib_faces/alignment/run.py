@@ -74,7 +74,7 @@ def align_photos(
     `output` then contains the crops; `faces.csv`, a face list with a row for each crop: path, identity (the first folder below
     `photographs`), source, score, number of faces found, box and five points; `doubtful.csv`, the photographs and crops that
     need a look, with the reason; `doubtful.png`, the first of them as pictures; and `manifest.jsonl`, from which an interrupted
-    run continues. Files that are no images are counted and named in a warning. Another run with the same settings only processes
+    run continues. Files that are not images are counted and named in a warning. Another run with the same settings only processes
     photographs that are new, changed, or lack their crop.
 
     With `several="all"`, only the largest face of a photograph has the identity of the folder; that of the others is empty.

@@ -15,7 +15,7 @@ import torch
 
 from kdlib._checks import check_number
 from kdlib.cache import CacheCheck, CacheError, TeacherCache, read_header, verify_cache
-from kdlib_faces._checks import InputError, show_name
+from kdlib_faces._checks import InputError, counted, show_name
 from kdlib_faces._hardware import CPU, DTYPES, Amp, Hardware, autocast
 from kdlib_faces._output import check_output
 from kdlib_faces._processes import end_with_parent, sigterm_exits
@@ -246,7 +246,7 @@ def info(path: Path) -> str:
         ("samples", f"{layout.samples:,}, {ids}"),
         ("views", views),
         *(("feature", f"{name!r} {shape}") for name, shape in layout.features.items()),
-        ("on disk", f"{layout.dtype}, {layout.row_bytes:,} bytes per row, {layout.shards} files, {size / 1e6:,.1f} MB"),
+        ("on disk", f"{layout.dtype}, {layout.row_bytes:,} bytes per row, {counted(layout.shards, 'file')}, {size / 1e6:,.1f} MB"),
         *(
             ("error", f"{name!r}: 1 - cos mean {each['mean_cosine']:.2g}, max {each['max_cosine']:.2g}; "
                       f"relative max {each['max_relative']:.2g}")
@@ -269,7 +269,9 @@ def describe_check(check: CacheCheck) -> str:
     again = ""
     if check.recomputed:
         again = f"; {check.recomputed} rows recomputed, maximum 1 - cos {max(check.max_cosine.values()):.2g}"
-    return f"good: {check.rows:,} rows in {check.shards:,} files have correct checksums and finite values{again}"
+    return (
+        f"good: {check.rows:,} rows in {counted(check.shards, 'file')} have correct checksums and finite values{again}"
+    )
 
 
 def _build_options(cache: TeacherCache) -> tuple[SeededViews, dict[str, str], int, InputOptions, Amp]:

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 
+from kdlib_faces._checks import counted
 from kdlib_faces._hardware import describe_device
 from kdlib_faces.alignment import AlignConfig, align_photos
 from kdlib_faces.commands._options import one_process
@@ -24,8 +25,8 @@ def main(options: Namespace, command: str) -> None:
         workers=options.workers, progress=not options.quiet, on_error=options.on_error, device=hardware.device,
     )  # fmt: skip
     say(
-        f"{result.photographs:,} photographs: {result.crops:,} crops, {result.without_face:,} without a face, "
-        f"{result.doubtful:,} rows in {result.faces.with_name('doubtful.csv')}",
+        f"{counted(result.photographs, 'photograph')}: {counted(result.crops, 'crop')}, {result.without_face:,} without a face, "
+        f"{counted(result.doubtful, 'row')} in {result.faces.with_name('doubtful.csv')}",
         quiet=options.quiet,
     )
     say(f"face list: {result.faces}", quiet=options.quiet)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -39,6 +40,11 @@ MAX_FILES = 20_000_000
 SAMPLE = 256
 IGNORED = frozenset({"thumbs.db", "desktop.ini"})
 ORIENTATION = 0x0112
+# Markers of a JPEG file: EXIF and XMP metadata, and the pixels. Each segment before them has a marker and a length.
+METADATA = 0xFFE1
+START_OF_SCAN = 0xFFDA
+MAX_SEGMENTS = 256
+_SEGMENT = struct.Struct(">HH")
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -100,12 +106,10 @@ def scan_folder(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def describe_skipped(folder: Path, others: Sequence[Path]) -> str:
-    """Return a note on the files of a folder that are no images, or an empty text if there are none."""
-    return (
-        f"{folder}: {len(others):,} files are no images and were skipped ({describe_suffixes(others)})"
-        if others
-        else ""
-    )
+    """Return a note on the files of a folder that are not images, or an empty text if there are none."""
+    if not others:
+        return ""
+    return f"{folder}: skipped files that are not images: {len(others):,} ({describe_suffixes(others)})"
 
 
 def describe_suffixes(files: Sequence[Path]) -> str:
@@ -165,7 +169,7 @@ def decode_jpeg(data: bytes, out: NDArray[np.uint8] | None = None) -> NDArray[np
         that may turn the image, damaged files, and images above 64 million pixels.
     """
     jpeg = _simplejpeg()
-    if jpeg is None or not data.startswith(b"\xff\xd8\xff") or b"Exif\0" in data or b"ns.adobe.com/xap" in data:
+    if jpeg is None or not data.startswith(b"\xff\xd8\xff") or _may_turn(data):
         return None
     try:
         height, width, color, _ = jpeg.decode_jpeg_header(data)
@@ -177,6 +181,22 @@ def decode_jpeg(data: bytes, out: NDArray[np.uint8] | None = None) -> NDArray[np
         return out
     except ValueError:
         return None
+
+
+def _may_turn(data: bytes) -> bool:
+    """Whether a JPEG image has EXIF or XMP metadata before its pixels, or a header that only `open_rgb` should read."""
+    at = 2
+    try:
+        for _ in range(MAX_SEGMENTS):
+            marker, length = _SEGMENT.unpack_from(data, at)
+            if marker == START_OF_SCAN:
+                return False
+            if marker == METADATA or not 0xFFC0 <= marker < 0xFFFF:
+                return True
+            at += 2 + length
+    except struct.error:
+        pass
+    return True
 
 
 def _open(source: str | PathLike[str] | bytes) -> ImageFile.ImageFile:

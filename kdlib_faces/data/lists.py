@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kdlib._checks import check_choice
-from kdlib_faces._checks import InputError, show_name
+from kdlib_faces._checks import InputError, counted, show_name
 from kdlib_faces.data.identities import IdentityNumbers
 from kdlib_faces.data.image_files import open_rgb
 from kdlib_faces.data.sources.base import FileImages, ImageSource, JoinedImages
@@ -256,8 +256,8 @@ def _readable(faces: FaceList, sources: Sequence[str], notes: list[str]) -> NDAr
     if broken:
         lost = len(set(faces.identities.tolist()) - {-1}) - len(set(faces.identities[kept].tolist()) - {-1})
         notes.append(
-            f"{where}: {len(broken):,} of {len(faces):,} images cannot be read and were skipped, and {lost:,} identities with "
-            f"them: {'; '.join(broken[:5])}{'; ...' if len(broken) > 5 else ''}"
+            f"{where}: skipped {len(broken):,} of {len(faces):,} images, which cannot be read, and with them all images of "
+            f"{counted(lost, 'identity', 'identities')}: {'; '.join(broken[:5])}{'; ...' if len(broken) > 5 else ''}"
         )
     return kept
 
@@ -268,5 +268,4 @@ def _check_files(parts: Sequence[EntryImages], sources: Sequence[str]) -> None:
     if missing:
         shown = ", ".join(show_name(file, 400) for file in missing[:100])
         more = f" and {len(missing) - 100:,} more" if len(missing) > 100 else ""
-        plural = "file" if len(missing) == 1 else "files"
-        raise InputError(f"{', '.join(sources)}: {len(missing)} image {plural} not found: {shown}{more}")
+        raise InputError(f"{', '.join(sources)}: {counted(len(missing), 'image file')} not found: {shown}{more}")

@@ -59,6 +59,12 @@ class DemoConfig:
 
     Raises:
         ValueError, TypeError: A value is out of range.
+
+    Examples:
+        >>> from kdlib_faces.config import load_config
+        >>> config = load_config(DemoConfig, overrides=["student_steps=50", "student.embedding_dim=64"])
+        >>> config.student_steps, config.student.embedding_dim, config.student.input_size
+        (50, 64, 40)
     """
 
     size: int = 40
@@ -102,7 +108,13 @@ class DemoConfig:
 
 
 def faces_config() -> DemoConfig:
-    """The defaults for real faces: larger images, embeddings of the teachers' dimension, longer training."""
+    """The defaults for real faces: larger images, embeddings of the teachers' dimension, longer training.
+
+    Examples:
+        >>> config = faces_config()
+        >>> config.size, config.student.embedding_dim, config.student_steps
+        (56, 512, 8000)
+    """
     student = LIAADConfig(embedding_dim=512, width=0.5, input_size=56)
     full: Literal["quick", "full"] = "full" if _has_compiler() else "quick"
     return DemoConfig(size=56, student_steps=8000, lr=0.2, deployment=full, student=student)

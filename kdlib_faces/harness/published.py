@@ -152,7 +152,7 @@ class _LocatedPairs:
         pairs: The pairs whose images are there.
         identities: (n,) identity of each image; None if unknown.
         ages: (n,) years at each image; None if unknown.
-        skipped: Note on files in the folder of the images that are no images; empty without any.
+        skipped: Note on files in the folder of the images that are not images; empty without any.
     """
 
     images: ImageSet

@@ -82,6 +82,15 @@ def render(directory: str | os.PathLike[str], *, progress: bool = False) -> Path
 
     Raises:
         InputError: report.json is missing, or is not a report.
+
+    Examples:
+        >>> import tempfile
+        >>> from kdlib_faces.report import ModelEntry
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     page = write(folder, Report("Demo", {"m": ModelEntry("student")}))
+        ...     page.unlink()
+        ...     render(folder) == page and page.exists()
+        True
     """
     folder = Path(directory)
     report = read(folder / "report.json")
@@ -138,6 +147,14 @@ def read(path: Path) -> Report:
 
     Raises:
         InputError: The file is missing, too large, or no report of this version.
+
+    Examples:
+        >>> import tempfile
+        >>> from kdlib_faces.report import ModelEntry
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = write(folder, Report("Demo", {"m": ModelEntry("student", parameters=1000)}))
+        ...     read(Path(folder, "report.json")).models["m"].parameters
+        1000
     """
     if path.exists() and not path.is_file():
         raise InputError(f"report: {path} is no file")

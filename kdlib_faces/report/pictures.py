@@ -25,15 +25,14 @@ _HEAT = np.array([(0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252
 
 
 def _image(image: Image.Image | Pixels, owner: str, side: int | None = None) -> Image.Image:
-    """The image in RGB, as it is or as a square."""
-    if side is not None:
-        return _image(image, owner).resize((side, side), Image.Resampling.BICUBIC)
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    array = np.asarray(image)
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
-        raise report_key(owner, "a PIL image or an (h, w, 3) uint8 array", f"{array.shape} {array.dtype}")
-    return Image.fromarray(array)
+    """The image in RGB, in its own size or as a square of `side` pixels."""
+    if not isinstance(image, Image.Image):
+        array = np.asarray(image)
+        if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
+            raise report_key(owner, "a PIL image or an (h, w, 3) uint8 array", f"{array.shape} {array.dtype}")
+        image = Image.fromarray(array)
+    rgb = image.convert("RGB")
+    return rgb if side is None else rgb.resize((side, side), Image.Resampling.BICUBIC)
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,15 @@ class Report:
         per_seed: Results of each seed, for runs of several seeds.
         pictures: Name to heading and caption of each picture.
         deployment: Exported forms of the models.
+
+    Examples:
+        >>> models = {"large": ModelEntry("teacher"), "small": ModelEntry("student", label="Small network")}
+        >>> report = Report("Two models", models, training={"small": TrainingCurve(step=[1, 2], loss=[0.9, 0.4])})
+        >>> check_report(report)
+        >>> report.training["medium"] = TrainingCurve(step=[1], loss=[0.5])
+        >>> check_report(report)
+        Traceback (most recent call last):
+        kdlib_faces._checks.InputError: report: run.training must be among large, small, got 'medium'
     """
 
     title: str
@@ -136,19 +145,19 @@ def check_report(report: Report) -> None:
                 raise report_key(f"run.models[{name!r}].{key}", "a number >= 0", amount)
     if report.pair is not None:
         for side, name in (("distilled", report.pair.distilled), ("alone", report.pair.alone)):
-            _known(name, report.models, f"run.pair.{side}")
+            _check_known(name, report.models, f"run.pair.{side}")
     for name in report.pictures:
         if not PICTURE_NAME.fullmatch(name):
             raise report_key("run.pictures", "keyed by names of 1 to 64 letters, digits, _ or -", name)
     for name, curve in report.training.items():
         path = f"run.training[{name!r}]"
-        _known(name, report.models, "run.training")
-        _limited(curve.step, f"{path}.step", 1_000_000)
-        _fits(curve.loss, curve.step, "step", f"{path}.loss")
+        _check_known(name, report.models, "run.training")
+        _check_count(curve.step, f"{path}.step", 1_000_000)
+        _check_length(curve.loss, curve.step, "step", f"{path}.loss")
         for term, losses in curve.terms.items():
-            _fits(losses, curve.step, "step", f"{path}.terms[{term!r}]")
+            _check_length(losses, curve.step, "step", f"{path}.terms[{term!r}]")
     for term, row in report.weights.items():
-        _rates(row.values(), f"run.weights[{term!r}]")
+        _check_range(row.values(), f"run.weights[{term!r}]")
     seen: set[str] = set()
     for index, summary in enumerate(report.evaluations):
         path = f"run.evaluations[{index}]"
@@ -161,104 +170,106 @@ def check_report(report: Report) -> None:
         _check_deployment(report, report.deployment)
     for at, entry in enumerate(report.per_seed):
         for name, results in entry.models.items():
-            _known(name, report.models, f"run.per_seed[{at}].models")
+            _check_known(name, report.models, f"run.per_seed[{at}].models")
             for protocol, values in results.items():
-                _known(protocol, protocols, f"run.per_seed[{at}].models[{name!r}]")
+                _check_known(protocol, protocols, f"run.per_seed[{at}].models[{name!r}]")
                 for key in values:
-                    _known(key, protocols[protocol], f"run.per_seed[{at}].models[{name!r}][{protocol!r}]")
+                    _check_known(key, protocols[protocol], f"run.per_seed[{at}].models[{name!r}][{protocol!r}]")
 
 
 def _check_deployment(report: Report, deployment: Deployment) -> None:
     path, protocols = "run.deployment", {summary.name: summary for summary in report.evaluations}
-    _limited(deployment.forms, f"{path}.forms", 1000)
-    _limited(deployment.runtimes, f"{path}.runtimes", 10_000)
+    _check_count(deployment.forms, f"{path}.forms", 1000)
+    _check_count(deployment.runtimes, f"{path}.runtimes", 10_000)
     for at, form in enumerate(deployment.forms):
-        _known(form.model, report.models, f"{path}.forms[{at}].model")
-        _rates([form.cosine], f"{path}.forms[{at}].cosine", low=-1.0)
+        _check_known(form.model, report.models, f"{path}.forms[{at}].model")
+        _check_range([form.cosine], f"{path}.forms[{at}].cosine", low=-1.0)
         for name, value in form.measures.items():
-            _known(name, protocols, f"{path}.forms[{at}].measures")
+            _check_known(name, protocols, f"{path}.forms[{at}].measures")
             measure = next(iter(protocols[name].measures.values()), Measure("", "number"))
-            _value(value, measure.unit, f"{path}.forms[{at}].measures[{name!r}]")
+            _check_value(value, measure.unit, f"{path}.forms[{at}].measures[{name!r}]")
     for at, row in enumerate(deployment.runtimes):
-        _known(row.model, report.models, f"{path}.runtimes[{at}].model")
+        _check_known(row.model, report.models, f"{path}.runtimes[{at}].model")
         for key in ("milliseconds", "images_per_second", "peak_mib", "file_mib"):
-            _rates([getattr(row, key)], f"{path}.runtimes[{at}].{key}", high=math.inf)
+            _check_range([getattr(row, key)], f"{path}.runtimes[{at}].{key}", high=math.inf)
 
 
 def _check_protocol(report: Report, summary: ProtocolSummary, path: str) -> None:
     for name in summary.pictures:
-        _known(name, report.pictures, f"{path}.pictures")
-    _rates(summary.counts.values(), f"{path}.counts", high=math.inf)
+        _check_known(name, report.pictures, f"{path}.pictures")
+    _check_range(summary.counts.values(), f"{path}.counts", high=math.inf)
     for name in summary.scores:
-        _known(name, summary.models, f"{path}.scores")
-    _limited(summary.measures, f"{path}.measures", 1000)
-    _limited(summary.bins, f"{path}.bins", 100)
-    _limited(summary.differences, f"{path}.differences", 100_000)
+        _check_known(name, summary.models, f"{path}.scores")
+    _check_count(summary.measures, f"{path}.measures", 1000)
+    _check_count(summary.bins, f"{path}.bins", 100)
+    _check_count(summary.differences, f"{path}.differences", 100_000)
     for key, bins in summary.bins.items():
-        _limited(bins.labels, f"{path}.bins[{key!r}].labels", 10_000)
+        _check_count(bins.labels, f"{path}.bins[{key!r}].labels", 10_000)
         for side, values in (("at", bins.at), ("counts", bins.counts)):
             if values is not None:
-                _fits(values, bins.labels, "labels", f"{path}.bins[{key!r}].{side}")
+                _check_length(values, bins.labels, "labels", f"{path}.bins[{key!r}].{side}")
     for name, result in summary.models.items():
-        _known(name, report.models, f"{path}.models")
+        _check_known(name, report.models, f"{path}.models")
         _check_result(summary, result, f"{path}.models[{name!r}]")
     for at, row in enumerate(summary.differences):
-        _known(row.a, summary.models, f"{path}.differences[{at}].a")
-        _known(row.b, summary.models, f"{path}.differences[{at}].b")
-        _known(row.measure, summary.measures, f"{path}.differences[{at}].measure")
-        _value(row.difference, summary.measures[row.measure].unit, f"{path}.differences[{at}].difference", low=-1.0)
+        _check_known(row.a, summary.models, f"{path}.differences[{at}].a")
+        _check_known(row.b, summary.models, f"{path}.differences[{at}].b")
+        _check_known(row.measure, summary.measures, f"{path}.differences[{at}].measure")
+        _check_value(
+            row.difference, summary.measures[row.measure].unit, f"{path}.differences[{at}].difference", low=-1.0
+        )
 
 
 def _check_result(summary: ProtocolSummary, result: ModelSummary, path: str) -> None:
     for key, value in result.measures.items():
-        _known(key, summary.measures, f"{path}.measures")
-        _value(value, summary.measures[key].unit, f"{path}.measures[{key!r}]")
+        _check_known(key, summary.measures, f"{path}.measures")
+        _check_value(value, summary.measures[key].unit, f"{path}.measures[{key!r}]")
     for key, row in result.bins.items():
-        _known(key, summary.bins, f"{path}.bins")
-        _fits(row, summary.bins[key].labels, "labels", f"{path}.bins[{key!r}]")
+        _check_known(key, summary.bins, f"{path}.bins")
+        _check_length(row, summary.bins[key].labels, "labels", f"{path}.bins[{key!r}]")
         for at, value in enumerate(row):
-            _value(value, summary.bins[key].unit, f"{path}.bins[{key!r}][{at}]")
+            _check_value(value, summary.bins[key].unit, f"{path}.bins[{key!r}][{at}]")
     for kind, curve in (("roc", result.roc), ("search", result.search), ("cmc", result.cmc)):
         if curve is not None:
             (x, points), (y, rates) = vars(curve).items()
-            _limited(points, f"{path}.{kind}.{x}", 100_000)
-            _fits(rates, points, x, f"{path}.{kind}.{y}")
-            _rates(rates, f"{path}.{kind}.{y}")
-            _rates(points, f"{path}.{kind}.{x}", high=math.inf if kind == "cmc" else 1.0)
+            _check_count(points, f"{path}.{kind}.{x}", 100_000)
+            _check_length(rates, points, x, f"{path}.{kind}.{y}")
+            _check_range(rates, f"{path}.{kind}.{y}")
+            _check_range(points, f"{path}.{kind}.{x}", high=math.inf if kind == "cmc" else 1.0)
     if (histogram := result.histogram) is not None:
         edges = histogram.edges
-        _limited(edges, f"{path}.histogram.edges", 10_000)
+        _check_count(edges, f"{path}.histogram.edges", 10_000)
         if len(edges) < 2 or any(low >= high for low, high in pairwise(edges)):
             raise report_key(f"{path}.histogram.edges", "at least two numbers that rise", edges)
         for side, counts in (("genuine", histogram.genuine), ("impostor", histogram.impostor)):
-            _fits(counts, edges[1:], "edges", f"{path}.histogram.{side}")
-            _rates(counts, f"{path}.histogram.{side}", high=math.inf)
+            _check_length(counts, edges[1:], "edges", f"{path}.histogram.{side}")
+            _check_range(counts, f"{path}.histogram.{side}", high=math.inf)
 
 
-def _known(name: str, names: Collection[str], path: str) -> None:
+def _check_known(name: str, names: Collection[str], path: str) -> None:
     if name not in names:
         raise report_key(path, f"among {shorten(', '.join(names), 200) or 'none'}", name)
 
 
-def _limited(values: Sized, path: str, limit: int) -> None:
+def _check_count(values: Sized, path: str, limit: int) -> None:
     if len(values) > limit:
         raise report_key(path, f"at most {limit:,} entries", len(values))
 
 
-def _fits(values: Sized, reference: Sized, name: str, path: str) -> None:
+def _check_length(values: Sized, reference: Sized, name: str, path: str) -> None:
     if len(values) != len(reference):
         raise report_key(path, f"{len(reference)} long to fit {name}", f"{len(values)} values")
 
 
-def _value(value: MeasuredValue, unit: Unit, path: str, *, low: float = 0.0) -> None:
+def _check_value(value: MeasuredValue, unit: Unit, path: str, *, low: float = 0.0) -> None:
     """A value and the ends of its interval: between `low` and 1 for rates and AUC, and in order."""
     if unit in ("rate", "auc"):
-        _rates((value.value, value.low, value.high), path, low=low)
+        _check_range((value.value, value.low, value.high), path, low=low)
     if value.low is not None and value.high is not None and value.low > value.high:
         raise report_key(f"{path}.low", "at most the high end", value.low)
 
 
-def _rates(values: Iterable[float | None], path: str, *, low: float = 0.0, high: float = 1.0) -> None:
+def _check_range(values: Iterable[float | None], path: str, *, low: float = 0.0, high: float = 1.0) -> None:
     for value in values:
         if value is not None and not low - _ROUNDING <= value <= high + _ROUNDING:
             raise report_key(path, f">= {low:g}" if high == math.inf else f"from {low:g} to {high:g}", value)

@@ -94,6 +94,17 @@ def fit(
 
     Returns:
         The loss curve and the duration.
+
+    Examples:
+        >>> import tempfile
+        >>> from kdlib_faces.recipes.student import StudentConfig, build_student
+        >>> config = StudentConfig(embedding_dim=16, width=0.25, input_size=32)
+        >>> distiller = build_student(config, config.build(seed=0), num_identities=2)
+        >>> batches = [(torch.randn(2, 3, 32, 32), {"identity": torch.tensor([0, 1])})]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = fit(distiller, batches, Path(folder), steps=2, lr=0.1, seed=0, label="student", quiet=True)
+        >>> result.curve["step"], list(result.curve["terms"])
+        ([1, 2], ['identity'])
     """
     fine_tuning = optimizer == "adamw"
 

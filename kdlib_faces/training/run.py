@@ -51,6 +51,15 @@ class TrainingSetup:
         lr: Peak learning rate where the configuration sets none.
         images: The training images if the recipe has opened them already.
         prepare_optimizer: Called with the optimizer when it is created.
+
+    Examples:
+        >>> from kdlib_faces.recipes.student import StudentConfig, build_student
+        >>> config = StudentConfig(embedding_dim=16, width=0.25, input_size=32)
+        >>> network = config.build(seed=0)
+        >>> distiller = build_student(config, network, num_identities=2)
+        >>> setup = TrainingSetup(config=RunConfig(), distiller=distiller, network=network, input_size=32)
+        >>> setup.optimizer, setup.steps, setup.lr
+        ('sgd', 10000, 0.1)
     """
 
     config: RunConfig
@@ -87,6 +96,27 @@ def train_on_faces(
 
     Raises:
         InputError: Lists, teachers or output cannot be used, or the output holds another run.
+
+    Examples:
+        A recipe of your own:
+
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from kdlib_faces.recipes.student import StudentConfig, build_student
+        >>> from kdlib_faces.training import TrainingConfig
+        >>> def build(faces):
+        ...     config = StudentConfig(embedding_dim=16, width=0.25, input_size=32)
+        ...     network = config.build(seed=0)
+        ...     distiller = build_student(config, network, num_identities=faces.num_identities)
+        ...     settings = RunConfig(training=TrainingConfig(steps=2, batch_size=4))
+        ...     return TrainingSetup(config=settings, distiller=distiller, network=network, input_size=32)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("Ann/1.png", "Ann/2.png", "Bob/1.png", "Bob/2.png"):
+        ...         Path(folder, "faces", name).parent.mkdir(parents=True, exist_ok=True)
+        ...         Image.effect_noise((32, 32), 64).save(Path(folder, "faces", name))
+        ...     options = RunOptions(output=Path(folder, "run"), data=[f"{folder}/faces"], progress=False)
+        ...     train_on_faces(build, options, recipe="mine").name
+        'student.safetensors'
     """
     quiet, output = not options.progress, options.output
     if not options.data:
@@ -159,6 +189,18 @@ def open_training_images(faces: FaceList, size: int, options: RunOptions) -> Fac
 
     Raises:
         InputError: Images cannot be read and are not skipped; the message lists all of them.
+
+    Examples:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("Ann", "Bob"):
+        ...         Path(folder, name).mkdir()
+        ...         Image.new("RGB", (40, 40)).save(Path(folder, name, "1.png"))
+        ...     options = RunOptions(output=Path(folder), data=[folder], progress=False)
+        ...     images = open_training_images(read_faces(folder), 32, options)
+        >>> images.shape
+        torch.Size([2, 3, 32, 32])
     """
     images = FaceImages(faces.images, size, threads=2, on_error=options.on_error)
     warn(describe_far_sizes(faces.images, size))

@@ -37,6 +37,13 @@ class TrainingConfig:
 
     Raises:
         ValueError, TypeError: A value is out of range.
+
+    Examples:
+        >>> TrainingConfig(batch_size=256, accumulate=4, amp="bfloat16").clip_norm
+        5.0
+        >>> TrainingConfig(amp="half")
+        Traceback (most recent call last):
+        ValueError: TrainingConfig: amp must be one of 'none', 'bfloat16', 'float16', got 'half'
     """
 
     steps: int | None = None
@@ -79,6 +86,12 @@ class RunConfig:
     Attributes:
         training: Length, learning rate, batches, precision and checkpoints.
         augment: Views of the training images. Caches of random views replace them.
+
+    Examples:
+        >>> from kdlib_faces.config import load_config
+        >>> config = load_config(RunConfig, overrides=["training.steps=100", "training.sampler=balanced"])
+        >>> config.training.steps, config.training.sampler
+        (100, 'balanced')
     """
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -103,6 +116,11 @@ class RunOptions:
             memory, and otherwise up to 4.
         tensorboard: Write losses and speed to `OUTPUT/tensorboard`.
         expected: Fingerprints of lists and teachers, by name, of the run that is repeated; empty for a run of its own.
+
+    Examples:
+        >>> options = RunOptions(output=Path("runs/student"), data=["faces.csv"], seed=1)
+        >>> options.start, options.on_error, options.hardware.device
+        ('scratch', 'stop', device(type='cpu'))
     """
 
     output: Path

@@ -352,7 +352,7 @@ def test_files_that_are_no_images_are_counted_and_named(yunet: Path, photos: Pat
     for name in ("notes.txt", "ann/a.TXT", "ann/b.mp4"):
         (photos / name).write_text("no image")
     assert run("align", photos, "--detector", yunet, "--output", tmp_path / "crops", "--quiet") == 0
-    line = f"warning: {photos}: 3 files are no images and were skipped (.txt 2, .mp4 1, such as "
+    line = f"warning: {photos}: skipped files that are not images: 3 (.txt 2, .mp4 1, such as "
     assert line in capsys.readouterr().err
     folder = tmp_path / "texts"
     folder.mkdir()

@@ -66,7 +66,7 @@ def test_a_cache_contains_the_outputs_for_both_views(faces_folder: Path, tmp_pat
     assert capsys.readouterr().out == output
     assert run("cache", "verify", "--quiet", tmp_path / "c") == 0
     assert capsys.readouterr().out.startswith(
-        f"good: {2 * COUNT} rows in 1 files have correct checksums and finite values\n"
+        f"good: {2 * COUNT} rows in 1 file have correct checksums and finite values\n"
     )
     faces, teacher = faces_folder / "faces.csv", faces_folder / "general.pt"
     assert run("cache", "verify", "--quiet", tmp_path / "c", "--data", faces, "--teacher", teacher, "--rows", 7) == 0

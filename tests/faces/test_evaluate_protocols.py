@@ -53,8 +53,8 @@ def test_conventions_and_counts_are_reported(whole):
     _, _, _, found = whole
     assert "squared distance, as insightface" in found["lfw"]["convention"]["Accuracy"]
     assert found["lfw"]["notes"][0] == "1 of 12 pairs left out, their images are not there"
-    assert "lfw: 1 files are no images and were skipped (.raw 1, such as " in found["lfw"]["notes"][1]
-    assert "others: 1 files are no images and were skipped (.json 1, such as " in found["megaface_fgnet"]["notes"][0]
+    assert "lfw: skipped files that are not images: 1 (.raw 1, such as " in found["lfw"]["notes"][1]
+    assert "others: skipped files that are not images: 1 (.json 1, such as " in found["megaface_fgnet"]["notes"][0]
     assert not any("skipped" in str(found[name]) for name in ("fgnet", "cfp"))
     assert found["lfw"]["counts"] == {"genuine pairs": 5, "impostor pairs": 6, "images": 17}
     assert "mirrored image added" in found["calfw"]["convention"]["Flip"]

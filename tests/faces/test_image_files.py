@@ -53,6 +53,16 @@ def test_the_exif_orientation_is_applied(tmp_path, codec, orientation):
     assert found.shape[:2] == ((48, 32) if orientation < 5 else (32, 48)) == image_size(data)
 
 
+@pytest.mark.parametrize(
+    "before", [b"\xff\xe2\0\x06\xff\xda\xff\xd9", b"\xff\xfe\0\x02" * 300, b"\xff" * 5], ids=["scan", "many", "fill"]
+)
+def test_the_orientation_is_found_behind_other_segments(tmp_path, before):
+    data = turned(np.kron(PIXELS, np.ones((8, 8, 1))), "JPEG", 6)
+    upright = read_pixels(put(tmp_path, data, "photo.jpg"))
+    found = read_pixels(put(tmp_path, data[:2] + before + data[2:], "later.jpg"))
+    np.testing.assert_array_equal(found, upright)
+
+
 def test_broken_metadata_do_not_hide_an_image():
     data = turned(PIXELS, "JPEG", 6)
     broken = data.replace(b"Exif\0\0II", b"Exif\0\0XX").replace(b"Exif\0\0MM", b"Exif\0\0XX")
@@ -155,14 +165,16 @@ def test_skipped_files_are_counted_and_named(tmp_path):
     touch(tmp_path, "a/1.jpg", "b/1.jpg", "b/1.heic", "b/2.heic", "a/notes.txt", "a/Thumbs.db", "loose.jpg")
     (tmp_path / "empty").mkdir()
     _, notes = notes_of(tmp_path)
-    assert "3 files are no images and were skipped (.heic 2, .txt 1, such as" in notes
-    assert "1 images belong to no identity and were skipped, such as loose.jpg" in notes
-    assert "1 folders are empty, such as 'empty'" in notes
+    assert "skipped files that are not images: 3 (.heic 2, .txt 1, such as" in notes
+    assert "skipped images that belong to no identity: 1, such as loose.jpg" in notes
+    assert "empty folders: 1, such as 'empty'" in notes
     touch(tmp_path, "agedb/1_Ann_30_f.jpg", "agedb/2_Bob_30_m.jpg", "agedb/other.jpg")
-    with pytest.warns(FaceDataWarning, match=r"1 images have no name like number_Name_age_sex\.jpg and were skipped"):
+    with pytest.warns(
+        FaceDataWarning, match=r"skipped images without a name like number_Name_age_sex\.jpg: 1, such as"
+    ):
         read_agedb(tmp_path / "agedb")
     touch(tmp_path, "fgnet/001A02.JPG", "fgnet/002A16.JPG", "fgnet/002A20.raw", "fgnet/points/001a02.PTS")
-    with pytest.warns(FaceDataWarning, match=r"fgnet: 1 files are no images and were skipped \(\.raw 1, such as "):
+    with pytest.warns(FaceDataWarning, match=r"fgnet: skipped files that are not images: 1 \(\.raw 1, such as "):
         faces = read_fgnet(tmp_path / "fgnet", published=False)
     assert len(faces.notes) == 1
 
@@ -189,7 +201,7 @@ def test_broken_and_missing_images_are_skipped_on_request(tmp_path):
     with pytest.raises(InputError, match=r"2 of 4 images cannot be read: .*b/2\.png: .*c/1\.png: "):
         load_images(read_faces(tmp_path), 6)
     with pytest.warns(
-        FaceDataWarning, match=r"2 of 4 images cannot be read and were skipped, and 1 identities with them"
+        FaceDataWarning, match=r"skipped 2 of 4 images, which cannot be read, and with them all images of 1 identity:"
     ):
         faces = read_faces(tmp_path, on_error="skip")
     assert (faces.identity_names, faces.identities.tolist()) == (("a", "b"), [0, 1])
@@ -251,7 +263,7 @@ def test_inspect_describes_every_kind_of_face_data(tmp_path):
             "ranges        2, as the labels",
             "60 x 40 (1)",
         ),
-        "faces": ("identities    2", "1 files are no images and were skipped (.txt 1", "2 images decoded, 0 broken"),
+        "faces": ("identities    2", "skipped files that are not images: 1 (.txt 1", "2 images decoded, 0 broken"),
         "pairs.txt": ("pairs         2, 1 genuine", "images        3, such as a/1.png", "identities    2"),
         "pairs.csv": ("images        3, such as Ann/Ann_0001.jpg",),
     }.items():

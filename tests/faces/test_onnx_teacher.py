@@ -172,6 +172,8 @@ def test_preprocess_converts_images_to_the_format_of_the_graph(tmp_path, path, i
     gray = save(network(channels=1), tmp_path, "gray.onnx")
     with pytest.raises(InputError, match="must take images of 3 channels"):
         OnnxTeacher(gray)
+    with pytest.raises(InputError, match="in the layout 'bhwc'; give another layout"):
+        OnnxTeacher(path, layout="bhwc")
     assert OnnxTeacher(gray, preprocess=lambda x: x.mean(1, keepdim=True))(images)["embedding"].shape == (5, 6)
     with pytest.raises(InputError, match="after preprocess for"):
         OnnxTeacher(path, preprocess=lambda x: x[:, :, :8])(images)

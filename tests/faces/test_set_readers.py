@@ -319,7 +319,7 @@ def test_names_of_files(parse, name, expected):
 def test_the_raw_set_from_a_folder(tmp_path):
     folder = touch(tmp_path, "1_Ann_30_f.jpg", "2_Ann_60_f.jpg", "sub/3_Bob_40_m.jpg", "4_Eve_5_f.txt")
     with pytest.warns(
-        FaceDataWarning, match=r"1 files are no images and were skipped \(\.txt 1, such as .*4_Eve_5_f\.txt"
+        FaceDataWarning, match=r"skipped files that are not images: 1 \(\.txt 1, such as .*4_Eve_5_f\.txt"
     ):
         faces = read_agedb(folder)
     assert (faces.identity_names, faces.identities.tolist(), faces.ages.tolist()) == (
@@ -431,7 +431,7 @@ def fgnet(folder, images, subjects=82):
 
 def test_fgnet_as_it_is_published(tmp_path):
     touch(tmp_path, "points/001a00.pts", "notes.txt", ".001A05.jpg")
-    with pytest.warns(FaceDataWarning, match=r"1 files are no images and were skipped \(\.txt 1, such as .*notes\.txt"):
+    with pytest.warns(FaceDataWarning, match=r"skipped files that are not images: 1 \(\.txt 1, such as .*notes\.txt"):
         faces = read_fgnet(fgnet(tmp_path, 1002))
     assert (len(faces), faces.num_identities) == (1002, 82)
     assert faces.identity_names[:2] == ("001", "002")

@@ -222,7 +222,7 @@ def test_images_that_cannot_be_read_stop_or_are_black(tmp_path):
         pixels = images[torch.tensor([5, 4])]
     assert int(pixels[0].sum()) == 0
     assert int(pixels[1].sum()) > 0
-    with pytest.warns(FaceDataWarning, match="cannot be read and were skipped, and 0 identities"):
+    with pytest.warns(FaceDataWarning, match="cannot be read, and with them all images of 0 identities"):
         assert len(read_faces(tmp_path / "x.rec", on_error="skip")) == 5
 
 

@@ -137,9 +137,8 @@ class _Machine:
                     self.fail("a whole number of more than 64 bits")
                 push(argument)
             case "UNICODE" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
-                if (
-                    len(argument) > MAX_TEXT
-                ):  # Long text is only the bytes of an image: other text takes four bytes each.
+                # Long text must be the bytes of an image: a character of other text can take four bytes of memory.
+                if len(argument) > MAX_TEXT:
                     self.encode(argument)
                 push(argument)
             case "NONE":

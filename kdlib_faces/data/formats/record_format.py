@@ -162,6 +162,8 @@ def payload(data: bytes | mmap.mmap, start: int, where: str, *, max_bytes: int =
     flag, length = _part(data, start, where)
     if flag not in (WHOLE, FIRST):
         raise InputError(f"{where}: the record at byte {start} starts with part flag {flag}, a part of another record")
+    if flag == WHOLE and length <= MAX_RECORD:  # nearly every record
+        return data[start + 8 : start + 8 + min(length, max_bytes)], start + 8 + length + -length % 4
     joined = bytearray()
     total, at, last = 0, start, flag == WHOLE
     while True:

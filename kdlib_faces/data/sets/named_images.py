@@ -23,7 +23,7 @@ def list_images(
 ) -> FaceList:
     """List the images below `folder`, sorted by path, whose names `parse` maps to identity and age.
 
-    Images of other names, and files that are no images, are skipped, with a warning and a note in the list.
+    Images of other names, and files that are not images, are skipped, with a warning and a note in the list.
 
     Args:
         folder: The folder; images may lie at any depth.
@@ -41,7 +41,7 @@ def list_images(
         raise InputError(f"{root}: no image has a name {example}")
     notes = []
     if skipped := sorted(set(images) - {file for file, _ in parsed}):
-        notes.append(f"{root}: {len(skipped):,} images have no name {example} and were skipped, such as {skipped[0]}")
+        notes.append(f"{root}: skipped images without a name {example}: {len(skipped):,}, such as {skipped[0]}")
     if others := [file for file in others if file.suffix.lower() not in beside]:
         notes.append(describe_skipped(root, others))
     for note in notes:

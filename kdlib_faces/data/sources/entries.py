@@ -52,7 +52,7 @@ def read_entry(path: str, seen: dict[str, str], notes: list[str], *, unlabeled: 
     if shards := find_shards(path):
         entry = _shards(path, shards, seen)
     elif path.endswith(".rec"):
-        _see(path, path, seen)
+        _add_once(path, path, seen)
         reader = RecordReader(path)
         identities, labels = reader.identities()
         return EntryImages(RecordImages(reader), identities, [str(label) for label in labels.tolist()])
@@ -68,7 +68,8 @@ def read_entry(path: str, seen: dict[str, str], notes: list[str], *, unlabeled: 
     return entry
 
 
-def _see(path: str | PathLike[str], where: str, seen: dict[str, str]) -> None:
+def _add_once(path: str | PathLike[str], where: str, seen: dict[str, str]) -> None:
+    """Add a file to `seen`; a file that was added before is an error."""
     key = os.path.abspath(path)
     if key in seen:
         raise InputError(f"{where}: the image {str(path)!r} is listed already ({seen[key]})")
@@ -83,7 +84,7 @@ def _number(labels: Sequence[str], numbers: dict[str, int]) -> NDArray[np.int64]
 def _files(rows: Sequence[FileRow], seen: dict[str, str]) -> EntryImages:
     numbers: dict[str, int] = {}
     for row in rows:
-        _see(row.file, row.where, seen)
+        _add_once(row.file, row.where, seen)
     identities = _number([row.identity for row in rows], numbers)
     _, first = np.unique(identities[identities >= 0], return_index=True)
     known = [row for row in rows if row.identity]
@@ -98,7 +99,7 @@ def _shards(entry: str, shards: Sequence[Path], seen: dict[str, str]) -> EntryIm
     names: dict[str, str] = {}  # one object per name of a group
     spans, ages, identities, groups = [], [], [], list[str]()
     for shard in shards:
-        _see(shard, entry, seen)
+        _add_once(shard, entry, seen)
         rows = list(scan_shard(shard))
         spans.append(np.asarray([(row.header, row.start, row.size) for row in rows], dtype=np.int64).reshape(-1, 3))
         ages.append(np.asarray([row.age for row in rows], dtype=np.float32))

@@ -75,11 +75,11 @@ def folder_rows(folder: Path, notes: list[str], *, unlabeled: bool) -> Iterator[
     _check_depth(folder, found, notes)
     folders = {each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")}
     if empty := sorted(folders - set(found)):
-        notes.append(f"{folder}: {len(empty):,} folders are empty, such as {empty[0]!r}")
+        notes.append(f"{folder}: empty folders: {len(empty):,}, such as {empty[0]!r}")
     if others:
         notes.append(describe_skipped(folder, others))
     if loose and not unlabeled:
-        notes.append(f"{folder}: {len(loose):,} images belong to no identity and were skipped, such as {loose[0].name}")
+        notes.append(f"{folder}: skipped images that belong to no identity: {len(loose):,}, such as {loose[0].name}")
     for name, files in sorted(found.items()):
         for file in sorted(files):
             yield FileRow(str(folder), file, name, math.nan, "")

@@ -7,7 +7,7 @@ import numpy as np
 from kdlib_faces.evaluation._checks import require, rows_at_a_time, unit_block
 from kdlib_faces.evaluation._labels import check_distinct, check_labels, check_same_kind, find_labels, look_up
 from kdlib_faces.evaluation._types import AnyArray, ArrayLike, BoolArray, FloatArray, IntArray, LabelArray
-from kdlib_faces.evaluation.matching.search import cosines
+from kdlib_faces.evaluation.matching.search import cosines, ranks_of
 from kdlib_faces.evaluation.matching.templates import Templates
 from kdlib_faces.evaluation.roc import allowed_false_accepts, kth_largest
 
@@ -105,10 +105,8 @@ def search_gallery(
         scores, own = cosines(unit_block(owner, "templates", features[probes[part]]), enrolled), mates[part]
         best[part] = scores.argmax(axis=1)
         best_scores[part] = np.take_along_axis(scores, best[part][:, None], axis=1)[:, 0]
-        score = np.take_along_axis(scores, np.maximum(own, 0)[:, None], axis=1)
-        ahead = (scores > score) | ((scores == score) & (np.arange(subjects.size) < own[:, None]))
-        mate_scores[part] = np.where(own >= 0, score[:, 0], -np.inf)
-        ranks[part] = np.where(own >= 0, 1 + ahead.sum(axis=1), 0)
+        score, rank = ranks_of(scores, np.maximum(own, 0))
+        mate_scores[part], ranks[part] = np.where(own >= 0, score, -np.inf), np.where(own >= 0, rank, 0)
     return GallerySearch(best, best_scores, mates, mate_scores, ranks)
 
 

@@ -46,6 +46,20 @@ def cosines(left: AnyArray, right: AnyArray) -> FloatArray:
     return np.round(products, DECIMALS, out=products)
 
 
+def ranks_of(scores: FloatArray, columns: IntArray) -> tuple[FloatArray, IntArray]:
+    """The score (p,) in one column of each row of `scores` (p, n), and its rank in the row from 1.
+
+    Equal scores are ranked by column, the lower one first.
+
+    Examples:
+        >>> ranks_of(np.array([[0.5, 0.9, 0.5], [0.1, 0.2, 0.3]]), np.array([2, 2]))
+        (array([0.5, 0.3]), array([3, 1]))
+    """
+    chosen = np.take_along_axis(scores, columns[:, None], axis=1)
+    ahead = (scores > chosen) | ((scores == chosen) & (np.arange(scores.shape[1]) < columns[:, None]))
+    return chosen[:, 0], 1 + ahead.sum(axis=1)
+
+
 @dataclass
 class Search:
     """The `ranks` largest distractor scores of each probe, of unit rows (p, d), and the `top` largest of all."""

@@ -118,7 +118,7 @@ class AgeGapResult:
             },
             measures=measures,
             bins=bins,
-            notes=tuple(f"{line} resolves no such rate" for line in self.unresolved()),
+            notes=tuple(f"{line}: too few impostor pairs for this rate" for line in self.unresolved()),
             difference_rule="Paired bootstrap over identities; the threshold is set anew in each resample.",
         )
 

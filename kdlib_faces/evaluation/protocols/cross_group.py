@@ -18,7 +18,7 @@ from kdlib_faces.evaluation._checks import (
 from kdlib_faces.evaluation._labels import check_labels
 from kdlib_faces.evaluation._types import ArrayLike, BoolArray, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import first_disjoint, most_similar_impostors
-from kdlib_faces.evaluation.matching.search import cosines
+from kdlib_faces.evaluation.matching.search import cosines, ranks_of
 from kdlib_faces.evaluation.roc import TarAtFar, by_far, tar_at_far
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts
@@ -246,10 +246,7 @@ class CrossGroupProtocol:
         unit = unit_rows(OWNER, "embeddings", embeddings, rows=self.codes.size)
         scores, same = cosines(unit[self.probes], unit[self.gallery]), self.same
         mated = same.any(axis=1)
-        mates = np.where(same, scores, -np.inf)[mated]
-        place, best = mates.argmax(axis=1)[:, None], mates.max(axis=1)[:, None]
-        ahead = (scores[mated] > best) | ((scores[mated] == best) & (np.arange(self.gallery.size) < place))
-        ranks_of_mates = 1 + ahead.sum(axis=1)
+        _, ranks_of_mates = ranks_of(scores[mated], np.where(same, scores, -np.inf)[mated].argmax(axis=1))
         pairs = self._pairs(-scores)
         thinned = thin(pairs, max_pairs=self.max_impostors, fars=self.fars, seed=self.seed)
         (whole,) = bin_results(pairs, thinned, (), self.fars, self.resamples, self.level)

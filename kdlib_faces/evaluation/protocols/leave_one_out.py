@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kdlib_faces._checks import counted
 from kdlib_faces.evaluation._checks import check_ages, check_level, check_ranks, check_whole, rows_at_a_time, unit_rows
 from kdlib_faces.evaluation._labels import check_identities
 from kdlib_faces.evaluation._types import ArrayLike, Embeddings, FloatArray, IntArray, JsonDict, Label
 from kdlib_faces.evaluation.hardest import missed_probes
-from kdlib_faces.evaluation.matching.search import cosines
+from kdlib_faces.evaluation.matching.search import cosines, ranks_of
 from kdlib_faces.evaluation.statistics.bins import GAP_STARTS, PROBE_AGE_STARTS, bin_names, check_starts, place
 from kdlib_faces.evaluation.statistics.clustered import rate_estimate
 from kdlib_faces.evaluation.statistics.intervals import Estimate, resample_counts, wilson_estimate
@@ -106,7 +107,7 @@ class LeaveOneOutResult:
             convention={
                 "Gallery": "all other images; the probe is left out by its row, not by its score",
                 "Ties": "the lower row first",
-                "Without a mate": f"{self.mateless} {'probe' if self.mateless == 1 else 'probes'}, counted as misses",
+                "Without a mate": f"{counted(self.mateless, 'probe')}, counted as misses",
                 "Network": "as it is: not adapted to the gallery between rounds",
                 "Score": "cosine",
             },
@@ -242,20 +243,17 @@ def _nearest(
     """For the probes of one block of rows: rank, row and score of the best mate; row and score of the best impostor."""
     rows = np.arange(start, min(stop, codes.size))
     scores = cosines(unit[rows], unit)
-    scores[np.arange(rows.size), rows] = -np.inf
     same = codes[rows, None] == codes
-    mate_scores = np.where(same, scores, -np.inf)
-    mates = mate_scores.argmax(axis=1)
-    best = np.take_along_axis(mate_scores, mates[:, None], axis=1)
-    ahead = (scores > best) | ((scores == best) & (np.arange(codes.size) < mates[:, None]))
-    mated = np.isfinite(best[:, 0])
-    ranks = np.where(mated, 1 + ahead.sum(axis=1), 0)
+    itself = np.arange(rows.size), rows
+    scores[itself], same[itself] = -np.inf, False
+    mates, mated = np.where(same, scores, -np.inf).argmax(axis=1), same.any(axis=1)
+    mate_scores, ranks = ranks_of(scores, mates)
     scores[same] = -np.inf
     impostors = scores.argmax(axis=1)
     return (
-        ranks,
+        np.where(mated, ranks, 0),
         np.where(mated, mates, -1),
-        np.where(mated, best[:, 0], np.nan),
+        np.where(mated, mate_scores, np.nan),
         impostors,
         np.take_along_axis(scores, impostors[:, None], axis=1)[:, 0],
     )

@@ -150,7 +150,7 @@ def check_declared_batch(graph: Graph) -> int:
     """Return the batch that a graph declares and without which it does not run.
 
     Raises:
-        InputError: It is too large to be run on the word of a file.
+        InputError: The images of such a batch have more than `MAX_VALUES` values.
     """
     batch = graph.shape[0] or 1
     if prod(graph.sample_shape(batch)) > MAX_VALUES:

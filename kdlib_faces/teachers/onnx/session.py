@@ -61,8 +61,8 @@ class OnnxTeacher(nn.Module):
     the batch that it declares gets that many at a time, the last run padded.
 
     The images are converted to those that the graph takes. Their pixel range is recognized from its first operations: a graph
-    that begins by subtracting 127.5 gets pixels from 0 to 255. A warning says when two different images come out nearly equal,
-    which means that the conversion is wrong.
+    that begins by subtracting 127.5 gets pixels from 0 to 255. A warning is given if two very different images have nearly the
+    same embedding, and would not with another pixel range: the conversion is then wrong.
 
     The module has no parameters and an empty state dict. Copies, pickles and forked workers hold the path and open the graph
     again when first called; they refuse a file that has changed since.
@@ -145,8 +145,8 @@ class OnnxTeacher(nn.Module):
         self.image_format = preprocess if isinstance(preprocess, InputSpec) else None
         if (preprocess is None or self.image_format) and graph.shape[1] not in (None, 3):
             raise InputError(
-                f"OnnxTeacher: {self.path} must take images of 3 channels, got ({show_shape(graph.declared)}); give layout=, "
-                "or a callable preprocess"
+                f"OnnxTeacher: {self.path} must take images of 3 channels, got ({show_shape(graph.declared)}) in the layout "
+                f"{graph.layout!r}; give another layout, or a callable preprocess"
             )
         self.taps: dict[str, OnnxTap] = {"embedding": None} if taps is None else dict(taps)
         if not self.taps:
