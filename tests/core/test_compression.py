@@ -487,12 +487,14 @@ def test_options_and_networks_that_cannot_be_used_are_refused():
 
 def test_runs_are_reproducible_and_keep_mode_and_trainability():
     model = prepared(Residual).train()
-    model.stem.weight.requires_grad_(False)
+    for parameter in (model.stem.weight, model.first.norm1.weight):
+        parameter.requires_grad_(False)
     first, second = (shrink(model, images().split(16), keep=0.5, positions=500, seed=4) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert first.training
     assert all(module.training for network in (first, model) for module in network.modules())
     assert not first.stem.weight.requires_grad
+    assert not first.first.norm1.weight.requires_grad
     assert first.first.conv1.weight.requires_grad
 
 

@@ -116,6 +116,7 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], Cases]] = [
         ({"identities": [1, 1, 1]}, "at least two identities, got only 1"),
         ({"identities": [1.0, np.nan, 2.0]}, "identities must be whole numbers or strings, got entry 1"),
         ({"identities": np.array(["a", None, "a"], dtype=object)}, "got entry 1 that is not"),
+        ({"identities": np.array([1.0, 2.5, 2.0])}, "identities must be whole numbers or strings, got entry 1"),
         ({"identities": [True, False], "embeddings": np.eye(2)}, "identities must be an array of whole numbers or strings"),
         ({"identities": [[1, 1, 2]]}, "identities must be"),
         *(({"ranks": ranks}, "ranks must be a whole number") for ranks in ((0,), np.arange(1.0, 2.0), [np.True_])),
