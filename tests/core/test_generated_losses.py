@@ -122,6 +122,7 @@ def test_an_untrained_paraphraser_is_an_error_until_it_is_trained_frozen_or_load
     other.load_state_dict(loss.state_dict())
     assert torch.equal(other(*sides), loss(*sides))
     assert copy.deepcopy(loss).paraphraser.trained
+    assert other.state_dict()["paraphraser.is_trained"].dtype == torch.bool
     with pytest.raises(
         ValueError, match="Paraphraser: loader must yield at least one batch in each epoch, got none in"
     ):

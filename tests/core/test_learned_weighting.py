@@ -241,6 +241,7 @@ def test_a_gate_uses_the_direction_of_the_mean_of_a_map() -> None:
     rest = {"teachers": [], "targets": {}}
     weights = gate(torch.zeros(2, 4), student=maps, **rest)
     torch.testing.assert_close(weights, gate(torch.zeros(2, 4), student=1e-3 * maps.mean((2, 3)), **rest))
+    torch.testing.assert_close(weights, gate(torch.zeros(2, 4), student=maps.flatten(2), **rest))
     assert weights.std() > 0.01
     half = copy.deepcopy(gate).half()(torch.zeros(2, 4, dtype=torch.float16), student=maps.half(), **rest)
     assert half.dtype == torch.float16

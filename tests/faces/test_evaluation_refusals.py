@@ -207,6 +207,7 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], Cases]] = [
         ({"batch_size": 0}, "batch_size must be"),
         ({"model": lambda x: x}, r"must return embeddings \(23, d\), got \(23, 3, 6, 6\)"),
         ({"model": lambda x: x.sum()}, "must return embeddings"),
+        ({"model": lambda x: x.tolist()}, r"must return embeddings \(23, d\), got list"),
         ({"model": lambda x: {"logits": x}}, "must return 'embedding', got 'logits'"),
         ({"model": lambda x: x.flatten(1) * 0}, "non-zero to be normalized, got image 0"),
         ({"out": np.empty((23, 4))}, r"out must be \(n, 5\) with a row"),
