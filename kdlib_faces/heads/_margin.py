@@ -167,7 +167,8 @@ def _cosine_and_sine(e_bd: Tensor, center_bd: Tensor) -> tuple[Tensor, Tensor]:
     """Return cosine and sine `(b,)` of the angles to the own centers; a zero row is at a right angle."""
     cosine = (e_bd * center_bd).sum(1)
     nonzero = (e_bd.detach() != 0).any(1)
-    sine = torch.where(nonzero, torch.linalg.vector_norm(e_bd - cosine.unsqueeze(1) * center_bd, dim=1), 1.0)
+    across = torch.where(nonzero.unsqueeze(1), e_bd - cosine.unsqueeze(1) * center_bd, 1.0)  # no second derivative at 0
+    sine = torch.where(nonzero, torch.linalg.vector_norm(across, dim=1), 1.0)
     return cosine, sine
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from kdlib._checks import readable
 from kdlib._gather import all_rows, is_sharded
-from kdlib._maths import full_precision, unit_rows
+from kdlib._maths import full_precision, rescale
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -27,14 +28,77 @@ CHUNK = 2**20
 """Cosines of a chunk, and values of its centers, if `chunk_size` is not given: 4 MB in float32."""
 
 
+SAFE = (1e-15, 1e15)
+"""Lengths of rows whose squares neither overflow nor lose digits in float32."""
+
+
 def unit(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     """Normalize the last dimension in `dtype`; the gradient is at most 2 * scale / norm.
 
     A row whose norm is too small for this to be finite in its original dtype gets no gradient; a zero row stays zero.
     """
-    rows, largest = unit_rows(x.to(dtype).flatten(0, -2))
+    rows = x.to(dtype).flatten(0, -2)
     smallest = max(1e-12, 4 * scale / torch.finfo(x.dtype).max)
-    return torch.where((largest < smallest).unsqueeze(1), rows.detach(), rows).reshape(x.shape)
+    if readable(rows) and rows.numel():
+        units: Tensor = _Unit.apply(rows, smallest)[0]  # type: ignore[no-untyped-call]  # torch has no types here
+    else:
+        units, length = _units(rows)
+        units = torch.where(length < smallest, units.detach(), units)
+    return units.reshape(x.shape)
+
+
+def _units(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return unit rows `(n, d)` and the lengths `(n, 1)`; safe for all finite rows, of which zero rows stay zero."""
+    scaled, largest = rescale(rows)
+    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return scaled / torch.where(length == 0, 1.0, length), length.detach() * largest.unsqueeze(1)
+
+
+class _Unit(Function):
+    """Unit rows and lengths on a CPU, with a third of the passes over the values that autograd takes.
+
+    The backward pass consists of differentiable operations of the outputs, so second derivatives and `torch.func.vmap` work.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
+        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        if SAFE[0] < length.min() and length.max() < SAFE[1]:
+            return rows / length, length
+        return _units(rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output)
+        ctx.save_for_forward(*output)
+        ctx.smallest = inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor | None, length_slope: Tensor | None) -> tuple[Tensor | None, None]:
+        units, length = ctx.saved_tensors
+        gradient = None if slope is None else _across(slope, units, length, ctx.smallest)
+        if length_slope is not None:
+            outward = torch.where(length < ctx.smallest, 0.0, length_slope) * units
+            gradient = outward if gradient is None else gradient + outward
+        return gradient, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, Tensor]:
+        units, length = ctx.saved_tensors
+        along = torch.linalg.vecdot(tangent, units).unsqueeze(1)
+        return _across(tangent, units, length, ctx.smallest), torch.where(length < ctx.smallest, 0.0, along)
+
+
+def _across(x: Tensor, units: Tensor, length: Tensor, smallest: float) -> Tensor:
+    """Return the part of x across the unit rows, divided by the lengths; 0 for rows shorter than `smallest`."""
+    short = length < smallest
+    inverse = torch.where(short, 0.0, 1 / torch.where(short, 1.0, length))
+    across = torch.addcmul(x, units, torch.linalg.vecdot(x, units).unsqueeze(1), value=-1)
+    # With create_graph=True, the values are needed again.
+    return across * inverse if torch.is_grad_enabled() else across.mul_(inverse)
 
 
 @dataclass(frozen=True)

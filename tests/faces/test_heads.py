@@ -46,6 +46,28 @@ def centers_of(kind, n, d, seed=0, dtype=torch.float64):
     return random(n, *((2,) if kind is SubCenterArcFaceHead else ()), d, seed=seed, dtype=dtype)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script.* is deprecated:DeprecationWarning"
+)  # in torch's own forward mode
+def test_second_derivatives_and_forward_mode():
+    embeddings, centers = random(3, 4), random(5, 4, seed=1)
+    identities = torch.tensor([0, 3, 1])
+
+    def loss(e, c):
+        return heads.arcface_loss(e, c, identities, scale=4.0)
+
+    inputs = [x.requires_grad_() for x in (embeddings, centers)]
+    assert torch.autograd.gradgradcheck(loss, inputs)
+    assert torch.autograd.gradcheck(loss, inputs, check_forward_ad=True)
+    # A row without a gradient has no second derivative either.
+    rows = torch.stack([torch.zeros(4), torch.full((4,), 1e-20), torch.full((4,), 3e37)]).requires_grad_()
+    (slope,) = torch.autograd.grad(loss(rows, centers.float()), rows, create_graph=True)
+    (second,) = torch.autograd.grad(slope.sum(), rows)
+    assert slope[:2].eq(0).all()
+    assert slope.isfinite().all()
+    assert second.eq(0).all()
+
+
 def test_every_head_is_tested():
     assert set(HEADS) == set(FUNCTIONS)
 
