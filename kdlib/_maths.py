@@ -10,7 +10,8 @@ from kdlib._checks import check_choice, check_weight
 
 __all__ = [
     "FAR", "REDUCTIONS", "MeanOnly", "Reduction", "directions", "finite_weight", "full_precision", "hold_short", "hold_steep",
-    "mean_square", "promote", "promoted_dtype", "reduce", "relative_weight", "rescale", "shortest_length", "unit_rows",
+    "mean_square", "promote", "promoted_dtype", "reduce", "relative_weight", "rescale", "safe_divisor", "shortest_length",
+    "unit_rows",
 ]  # fmt: skip
 
 Reduction: TypeAlias = Literal["mean", "none"]
@@ -41,6 +42,11 @@ def promote(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student.to(dtype), teacher.detach().to(dtype)
 
 
+def safe_divisor(x: Tensor) -> Tensor:
+    """Return `x` with zeros replaced by 1, so that zeros divided by zeros are 0."""
+    return torch.where(x == 0, 1.0, x)
+
+
 def rescale(x: Tensor) -> tuple[Tensor, Tensor]:
     """Divide each sample by its largest magnitude, so that squares neither overflow nor vanish.
 
@@ -52,8 +58,7 @@ def rescale(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows = x.detach().flatten(1)
     largest = torch.maximum(rows.amax(1), -rows.amin(1))  # ten times as fast as the maximum norm on a CPU
-    divisor = torch.where(largest == 0, 1.0, largest)
-    return x / divisor.reshape(-1, *[1] * (x.dim() - 1)), largest
+    return x / safe_divisor(largest).reshape(-1, *[1] * (x.dim() - 1)), largest
 
 
 def unit_rows(x_bd: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +69,7 @@ def unit_rows(x_bd: Tensor) -> tuple[Tensor, Tensor]:
     """
     x_bd, largest = rescale(x_bd)
     length = torch.linalg.vector_norm(x_bd, dim=1, keepdim=True)
-    return x_bd / torch.where(length == 0, 1.0, length), largest
+    return x_bd / safe_divisor(length), largest
 
 
 def shortest_length(origin: torch.dtype) -> float:
@@ -129,8 +134,7 @@ def reduce(owner: str, losses: Tensor, reduction: str, weight: Tensor | None) ->
         wide = torch.promote_types(weight.dtype, losses.dtype)  # the limit may not fit the type of the weights
         return (weight.to(wide).clamp(max=limit).to(losses.dtype) * losses).clamp(max=limit)
     weight = relative_weight(weight, losses)
-    total = weight.sum()
-    return (weight * losses).sum() / torch.where(total == 0, 1.0, total)
+    return (weight * losses).sum() / safe_divisor(weight.sum())
 
 
 def finite_weight(weight: Tensor) -> Tensor:

@@ -141,9 +141,7 @@ class _Recorder(fx.Interpreter):
 
 def is_inside(node: fx.Node, path: str) -> bool:
     """Return whether a node was traced in the module at a path or in one below it."""
-    stack = node.meta.get("nn_module_stack", {})
-    paths = [str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in stack.values()]
-    return any(entry == path or entry.startswith(f"{path}.") for entry in [*paths, *map(str, stack)])
+    return any(f"{entry}.".startswith(f"{path}.") for entry, _ in node.meta.get("nn_module_stack", {}).values())
 
 
 def attribute(model: nn.Module, path: str) -> Any:

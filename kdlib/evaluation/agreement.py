@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kdlib._checks import check_batches, check_pair
-from kdlib._maths import unit_rows
+from kdlib._maths import safe_divisor, unit_rows
 
 __all__ = ["linear_cka", "mean_cosine", "top_agreement"]
 
@@ -99,6 +99,5 @@ def _centered(x_bd: Tensor) -> Tensor:
     """Center the columns at a scale whose squares neither overflow nor underflow; the scale cancels."""
     if not x_bd.numel():
         return x_bd
-    largest = x_bd.abs().amax()
-    x_bd = x_bd / torch.where(largest == 0, 1.0, largest)
+    x_bd = x_bd / safe_divisor(x_bd.abs().amax())
     return x_bd - x_bd.mean(0)

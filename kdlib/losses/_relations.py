@@ -8,7 +8,7 @@ from torch.autograd import Function
 
 from kdlib._checks import readable
 from kdlib._gather import gather_rows
-from kdlib._maths import finite_weight, promote, relative_weight, rescale
+from kdlib._maths import finite_weight, promote, relative_weight, rescale, safe_divisor
 from kdlib.losses._checks import check_relation, no_second_derivative
 
 __all__ = [
@@ -36,7 +36,7 @@ def one_batch(
         student, teacher = gather_rows(student, grad=True), gather_rows(teacher, grad=False)
         weight = gather_rows(weight.clamp(max=torch.finfo(student.dtype).max).to(student), grad=False)
     weight = relative_weight(weight, student)
-    return student, teacher, weight / torch.where(weight.sum() == 0, 1.0, weight.sum())
+    return student, teacher, weight / safe_divisor(weight.sum())
 
 
 def power_of_two(x: Tensor) -> Tensor:
@@ -45,8 +45,7 @@ def power_of_two(x: Tensor) -> Tensor:
     Division by it is exact, and squares of the quotients neither overflow nor vanish.
     """
     largest = x.abs().amax()
-    mantissa = torch.frexp(largest)[0]
-    mantissa = torch.where(mantissa == 0, 1.0, mantissa)
+    mantissa = safe_divisor(torch.frexp(largest)[0])
     scale = largest / mantissa
     scale = torch.where(scale.isfinite(), scale, largest / 2 / mantissa)
     return torch.where(largest < torch.finfo(x.dtype).tiny, 1.0, scale)
@@ -70,7 +69,7 @@ def cosine_distances(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     unit, largest = rescale(x.detach())
     largest = largest.unsqueeze(1)
     length = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
-    unit.div_(torch.where(length == 0, 1.0, length))
+    unit.div_(safe_divisor(length))
     # A length beyond the largest number of the dtype must not look like that of a zero row.
     length = torch.where(largest == 0, torch.inf, (length * largest).clamp(max=torch.finfo(x.dtype).max))
     centered = unit - share @ unit

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kdlib._maths import full_precision
+from kdlib._maths import full_precision, safe_divisor
 from kdlib.types import Targets
 from kdlib.weighting._checks import check_logits
 
@@ -64,5 +64,5 @@ class EntropyWeighting(nn.Module):
             log_p = [each.log_softmax(1).clamp(min=MIN_LOG) for each in logits]
             entropy = torch.stack([-(each.exp() * each).sum(1) for each in log_p])
             total = entropy.sum(0)
-            share = torch.where(total > 0, entropy / torch.where(total > 0, total, 1.0), 1 / k)
+            share = torch.where(total > 0, entropy / safe_divisor(total), 1 / k)
             return ((1 - share) / (k - 1)).to(losses.dtype)

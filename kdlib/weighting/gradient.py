@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdlib._checks import check_number, readable
-from kdlib._maths import full_precision
+from kdlib._maths import full_precision, safe_divisor
 from kdlib._repr import CallRepr
 from kdlib.types import Side, Targets
 from kdlib.weighting._checks import check_max_weight, check_teachers
@@ -97,7 +97,7 @@ class GradientWeighting(CallRepr):
             gradients = torch.stack([torch.cat([each.to(dtype).flatten() for each in row]) for row in partials])
             # Squares of the raw values could overflow or underflow; the weights do not depend on a common scale.
             largest = gradients.abs().amax() if gradients.numel() else gradients.sum()
-            gradients = gradients / torch.where(largest == 0, 1.0, largest)
+            gradients = gradients / safe_divisor(largest)
             # A float32 matrix product would round equal rows differently.
             wide = torch.float32 if gradients.device.type == "mps" else torch.float64
             products = torch.stack([(each * gradients).sum(1, dtype=wide) for each in gradients])

@@ -19,8 +19,8 @@ KEPT_THRESHOLDS = (
 """Rule of paired differences, with what is resampled."""
 
 
-def far_text(far: float, rate: str = "FAR") -> str:
-    """A false accept rate for a heading: `FAR 0.1 %`, and `FAR 1e-06` below 0.01 %."""
+def far_text(far: float, rate: str) -> str:
+    """A rate by its name for a heading: `FAR 0.1 %`, and `FAR 1e-06` below 0.01 %."""
     return f"{rate}\u00a0{100 * far:g}\u00a0%" if far >= 1e-4 else f"{rate}\u00a0{far:g}"
 
 

@@ -170,6 +170,40 @@ def test_a_narrower_network_is_close_and_has_fewer_parameters(build, criterion):
     sum(x.square().mean() for x in torch.atleast_1d(student(unseen)[0])).sum().backward()
 
 
+def test_keep_is_the_share_of_each_space():
+    """Each of the four groups of a grouped convolution keeps the same number of channels, 2 of 3 and 2 of 4."""
+    student = shrink(prepared(Branches), [images()], keep=0.5)
+    layers = (student.left, student.right, student.mix, student.grouped, student.after)
+    assert [layer.out_channels for layer in layers] == [4, 6, 8, 8, 16]
+    assert student.mlp[1].out_features == 15
+
+
+@pytest.mark.parametrize("criterion", ["reconstruction", "energy"])
+def test_each_group_keeps_as_many_channels_even_if_another_matters_more(criterion):
+    model = prepared(lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=2)))
+    with torch.no_grad():
+        model[2].weight[:2] *= 1e-3
+    student = shrink(model, [images()], keep=0.5, criterion=criterion)
+    kept = [index for index, row in enumerate(model[0].weight) if (student[0].weight == row).flatten(1).all(1).any()]
+    assert [index // 4 for index in kept] == [0, 0, 1, 1]
+
+
+def test_optional_inputs_keep_their_defaults():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor, scale: float = 2.0, bias: torch.Tensor | None = None) -> torch.Tensor:
+            return self.last(torch.tanh(self.first(x))) * scale
+
+    model, x = prepared(Scaled), torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    student = shrink(model, [x], keep=0.5)
+    assert student.first.out_features == 4
+    assert error(model, student, x) < 0.7
+    torch.testing.assert_close(student(x, 6.0), 3 * student(x))
+
+
 def kill(layer: nn.Conv2d | nn.Linear, channels: list[int]) -> None:
     with torch.no_grad():
         layer.weight[channels] = 0
@@ -285,6 +319,23 @@ def test_channels_that_an_unknown_operation_reads_stay():
         shrink(model, [x], widths={"first": 4})
 
 
+def test_channels_that_the_output_and_a_layer_read_stay():
+    class Tapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            features = self.first(x)
+            return self.last(torch.relu(self.second(features))), features
+
+    model, x = prepared(Tapped), torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    student = shrink(model, [x], keep=0.5)
+    assert (student.first.out_features, student.second.out_features) == (8, 3)
+    with pytest.raises(ValueError, match="the channels of 'first' cannot be removed"):
+        shrink(model, [x], widths={"first": 4})
+
+
 def test_refitting_on_the_narrow_activations_equals_least_squares():
     """The second layer of a two-layer network is the least-squares solution for the kept channels."""
     model = prepared(lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double())
@@ -315,10 +366,22 @@ def test_greedy_choice_equals_a_naive_search():
     assert torch.equal(student[0].weight, model[0].weight[kept])
 
 
+def test_the_energy_criterion_keeps_the_channels_with_the_largest_share_of_the_outputs():
+    model = prepared(lambda: nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3)).double(), seed=2)
+    x = torch.randn(500, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    hidden = model[1](model[0](x)).detach()
+    energy = hidden.var(0) * model[2].weight.detach().square().sum(0)
+    kept = energy.topk(4).indices.sort().values
+    student = shrink(model, [x], widths={"0": 4}, criterion="energy")
+    assert torch.equal(student[0].weight, model[0].weight[kept])
+    assert not torch.equal(shrink(model, [x], widths={"0": 4})[0].weight, student[0].weight)
+
+
 def test_folding_norms_allows_mixtures_and_keeps_outputs():
     model = prepared(lambda: Residual(activation=False))
     whole = shrink(model, [images()], keep=1.0, fold_norms=True)
     assert isinstance(whole.first.norm2, nn.Identity)
+    assert isinstance(model.first.norm2, nn.BatchNorm2d)
     assert all(parameter.requires_grad for parameter in whole.parameters())
     torch.testing.assert_close(outputs(whole, images(4, 2)), outputs(model, images(4, 2)), rtol=1e-4, atol=1e-5)
 
@@ -424,12 +487,14 @@ def test_options_and_networks_that_cannot_be_used_are_refused():
 
 def test_runs_are_reproducible_and_keep_mode_and_trainability():
     model = prepared(Residual).train()
-    model.stem.weight.requires_grad_(False)
+    for parameter in (model.stem.weight, model.first.norm1.weight):
+        parameter.requires_grad_(False)
     first, second = (shrink(model, images().split(16), keep=0.5, positions=500, seed=4) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert first.training
-    assert first.second.conv1.training
+    assert all(module.training for network in (first, model) for module in network.modules())
     assert not first.stem.weight.requires_grad
+    assert not first.first.norm1.weight.requires_grad
     assert first.first.conv1.weight.requires_grad
 
 
@@ -459,9 +524,10 @@ def test_a_saved_network_without_a_block_loads():
     torch.testing.assert_close(outputs(again, images(4, 2)), outputs(student, images(4, 2)))
 
 
-def test_weights_without_a_bias_and_norms_without_statistics_load():
+@pytest.mark.parametrize("option", ["track_running_stats", "affine"])
+def test_weights_without_a_bias_and_norms_without_statistics_or_weights_load(option):
     def build(width: int) -> nn.Module:
-        norm = nn.BatchNorm2d(width, track_running_stats=False)
+        norm = nn.BatchNorm2d(width, **{option: False})
         return nn.Sequential(nn.Conv2d(3, width, 3), norm, nn.Conv2d(width, 4, 1))
 
     state = {key: value for key, value in build(5).state_dict().items() if key != "2.bias"}
@@ -476,6 +542,8 @@ def test_weights_of_another_network_are_refused():
         ValueError, match=r"narrow_like: state_dict\['head.weight'\] must have a shape of at most \(6, 24\)"
     ):
         narrow_like(Residual(), {**state, "head.weight": torch.zeros(6, 25)})
+    with pytest.raises(ValueError, match=r"narrow_like: state_dict\['head.bias'\] must have a shape of at most \(6,\)"):
+        narrow_like(Residual(), {**state, "head.bias": torch.zeros(7)})
     with pytest.raises(TypeError, match=r"state_dict\['head.weight'\]"):
         narrow_like(Residual(), {**state, "head.weight": 3})
     with pytest.raises(TypeError, match="model"):

@@ -69,6 +69,7 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "cumulative sum": lambda h: torch.cumsum(h, 1),
     "flip": lambda h: h.flip(1),
     "softmax": lambda h: torch.softmax(h, 1),
+    "cat with an unknown one": lambda h: torch.cat([h, h.flip(1)], 1),
     "cat of rows": lambda h: torch.cat([h, h], 2),
     "cat by name of rows": lambda h: torch.cat([h, h], dim=3),
     "mean of channels": lambda h: h.mean((1, 2)),
@@ -237,3 +238,13 @@ def test_a_grouped_convolution_with_more_inputs_than_examples_is_refitted() -> N
     assert (steps[-1].layer, student[2].groups, student[2].in_channels) == ("2", 2, 30)
     assert steps[-1].error < 0.8 * steps[-1].error_before
     torch.testing.assert_close(student(x), model(x), rtol=0, atol=1e-2)
+
+
+def test_few_examples_need_a_larger_ridge() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 4)).double().eval()
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    steps = []
+    shrink(model, [x], keep=0.5, on_step=steps.append)
+    assert 1e-4 < steps[-1].ridge < 1

@@ -319,6 +319,7 @@ def test_the_batch_size_limits_samples_and_not_channels() -> None:
     loss = SemCKDLoss([7], [7], batch_size=5)
     layers = [torch.ones(5, 7, 2, 2)]
     assert loss(layers, layers).shape == ()
+    assert loss.attention(layers, layers).shape == (5, 1, 1)
     with pytest.raises(ValueError, match="at most batch_size = 5 samples, got 6"):
         loss([torch.ones(6, 3, 2, 2).repeat(1, 3, 1, 1)[:, :7]], [torch.ones(6, 7, 2, 2)])
 

@@ -115,10 +115,12 @@ def test_linear_soft_target_equals_soft_target_of_the_logits(divergence, chunk_s
     h_s, w_s = random(2, 5, 6).requires_grad_(), random(13, 6, seed=1).requires_grad_()
     h_t, w_t = random(2, 5, 8, seed=2), random(13, 8, seed=3)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]], dtype=torch.bool)
-    options = {"temperature": 1.7, "divergence": divergence, "mask": mask}
-    plain = soft_target(h_s @ w_s.T, h_t @ w_t.T, dim=-1, **options)
+    options = {"temperature": 1.7, "divergence": divergence, "skew": 0.3}
+    plain = soft_target(h_s @ w_s.T, h_t @ w_t.T, dim=-1, mask=mask, **options)
     wanted = torch.autograd.grad(3 * plain, (h_s, w_s))
-    value = linear_soft_target(h_s, w_s, h_t, w_t, chunk_size=chunk_size, **options)
+    value = linear_soft_target(h_s, w_s, h_t, w_t, mask=mask, chunk_size=chunk_size, **options)
+    module = LinearSoftTargetLoss(chunk_size=chunk_size, **options)
+    torch.testing.assert_close(module(h_s, w_s, h_t, w_t, mask=mask), value, rtol=0, atol=0)
     found = torch.autograd.grad(3 * value, (h_s, w_s))
     torch.testing.assert_close(value, plain)
     for got, expected in zip(found, wanted, strict=True):

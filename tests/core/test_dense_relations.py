@@ -108,6 +108,17 @@ def test_linear_soft_target_standardizes(chunk_size: int | None) -> None:
 # A second backward pass, because the first one overwrites what the forward pass computed.
 
 
+def test_small_gradients_of_half_logits_are_scaled_before_they_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_chunked, "CHUNK", 4)
+    student, teacher = torch.tensor([[0.0, 0.0, -18.0]] * 4), torch.tensor([[0.0, 0.0, -19.0]] * 4)
+    found, expected = (
+        gradient(lambda s: 2**18 * soft_target(s, teacher, temperature=1.0), student.to(dtype))
+        for dtype in (torch.float16, torch.float32)
+    )
+    assert expected[:, 2].min() > 1e-4
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["soft_target", "decoupled_kd", "dist", "linear_soft_target"])
 def test_the_gradient_can_be_computed_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_chunked, "CHUNK", 40)

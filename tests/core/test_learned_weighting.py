@@ -98,6 +98,12 @@ def test_the_combined_gradient_has_minimum_norm(rng: np.random.Generator, k: int
         assert (g @ combined >= combined @ combined - 1e-4 * np.trace(gram)).all()
 
 
+def test_opposing_gradients_cancel() -> None:
+    losses, rest = losses_with_gradients(np.array([[-5.5, 0.0], [3.3, 1.0], [3.3, -1.0]]))
+    weights = GradientWeighting()(losses, **rest)[:, 0]
+    assert weights.tolist() == pytest.approx([0.375, 0.3125, 0.3125], abs=1e-5)
+
+
 def test_a_useless_teacher_and_one_that_the_student_matches() -> None:
     near, far, same = torch.full((B, D), 0.5), torch.full((B, D), -9.0), torch.zeros(B, D)
     student = torch.zeros(B, D, requires_grad=True)
@@ -124,6 +130,25 @@ def test_equal_gradients_of_any_size_have_equal_weights(k: int) -> None:
         losses = torch.stack([(student - each).square().mean(1) for each in teachers])
         weights = GradientWeighting()(losses, student=student, teachers=teachers, targets={})
         torch.testing.assert_close(weights, torch.full((k, 5), 1 / k), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_gradients_that_are_equal_up_to_rounding_have_equal_weights(k: int) -> None:
+    row = np.random.default_rng(0).normal(size=1000)
+    losses, rest = losses_with_gradients(np.stack([row * (1 + 1e-9 * index) for index in range(k)]))
+    assert GradientWeighting()(losses, **rest)[:, 0].tolist() == pytest.approx([1 / k] * k, abs=0.01)
+
+
+def test_equal_teachers_beside_another_have_equal_weights() -> None:
+    generator = torch.Generator().manual_seed(4)
+    student = torch.randn(5, 3001, generator=generator).requires_grad_()
+    first, second = (torch.randn(5, 3001, generator=generator) for _ in range(2))
+    teachers = [first, second, first]
+    losses = torch.stack([(student - each).square().mean(1) for each in teachers])
+    weights = GradientWeighting()(losses, student=student, teachers=teachers, targets={})[:, 0]
+    assert weights[0].item() == pytest.approx(weights[2].item(), abs=1e-6)
+    pair = GradientWeighting()(losses[:2], student=student, teachers=teachers[:2], targets={})[:, 0]
+    assert weights[1].item() == pytest.approx(pair[1].item(), abs=1e-5)
 
 
 def test_no_graph_and_gradients_that_are_not_finite_give_uniform_weights() -> None:
@@ -216,6 +241,7 @@ def test_a_gate_uses_the_direction_of_the_mean_of_a_map() -> None:
     rest = {"teachers": [], "targets": {}}
     weights = gate(torch.zeros(2, 4), student=maps, **rest)
     torch.testing.assert_close(weights, gate(torch.zeros(2, 4), student=1e-3 * maps.mean((2, 3)), **rest))
+    torch.testing.assert_close(weights, gate(torch.zeros(2, 4), student=maps.flatten(2), **rest))
     assert weights.std() > 0.01
     half = copy.deepcopy(gate).half()(torch.zeros(2, 4, dtype=torch.float16), student=maps.half(), **rest)
     assert half.dtype == torch.float16

@@ -95,6 +95,17 @@ def test_common_arguments(name: str) -> None:
             call(case.build())
 
 
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_losses_have_a_fixed_number_of_channels(name: str) -> None:
+    case = LEARNED[name]
+    student, teacher = case.sides(dtype=torch.float32)
+    wide = torch.cat([student, student[:, :1]], 1)
+    for argument, sides in (("student", (wide, teacher)), ("teacher", (student, wide))):
+        message = rf"^{case.module.__name__}: {argument} must be \(b, .*\) with [cd] = {case.shape[0]}, got \(5, {wide.shape[1]}"
+        with pytest.raises(ValueError, match=message):
+            case.build()(*sides)
+
+
 VECTOR, MAP, IDENTITIES = torch.ones(4, 3), torch.ones(4, 3, 2, 2), torch.arange(4)
 
 

@@ -146,6 +146,9 @@ def test_zero_rows_are_orthogonal_to_everything() -> None:
         value = angular_distill(student, teacher, form=form, reduction="none")
         assert value.tolist() == pytest.approx(values, rel=1e-6)
         assert not torch.autograd.grad(value.sum(), student)[0].any()
+        assert angular_distill(teacher, student, form=form, reduction="none").tolist() == pytest.approx(
+            values, rel=1e-6
+        )
 
 
 @each_dtype
@@ -170,6 +173,15 @@ def test_gradient_grows_with_one_over_length_until_the_row_is_too_short() -> Non
         student = torch.tensor([[length, 0.0]], dtype=dtype)
         slope = gradient(angular_distill, student, teacher.to(dtype), form="cosine")
         assert -slope[0, 1].item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", [attention_transfer, nst])
+def test_gradient_of_pooled_maps_grows_until_the_map_is_too_short(loss: Callable[..., Tensor]) -> None:
+    student, teacher = noise(2, 3, 4, 4), noise(2, 5, 2, 2, seed=1)
+    expected = gradient(loss, student, teacher)
+    for size in (1e-6, 1e10):
+        torch.testing.assert_close(size * gradient(loss, size * student, teacher), expected)
+    assert not gradient(loss, 1e-13 * student, teacher).any()
 
 
 def test_dead_maps_count_as_zero_vectors() -> None:

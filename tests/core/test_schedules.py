@@ -122,6 +122,9 @@ def test_the_temperature_of_a_loss_may_be_a_schedule(kind: Any) -> None:
     name = kind.__name__
     with pytest.raises(ValueError, match=f"{name}: temperature is a schedule and needs the step; give step= in the c"):
         loss(*inputs, **others)
+    for wrong in (-1, 0.5):
+        with pytest.raises((TypeError, ValueError), match=f"{name}: step must be a whole number and >= 0, got {wrong}"):
+            kind()(*inputs, step=wrong, **others)
     with pytest.raises(ValueError, match=rf"{name}: temperature\(3\) must be a finite number and > 0, got 0.0"):
         kind(temperature=linear(1.0, 0.0, 3))(*inputs, step=3, **others)
     with pytest.raises(ValueError, match=f"{name}: temperature must be a finite number and > 0, got 0"):

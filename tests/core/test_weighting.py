@@ -84,6 +84,8 @@ def test_dtype_graph_and_rank(name: str) -> None:
     assert weights.requires_grad == (name == "GateWeighting")
     with pytest.raises(ValueError, match=rf"^{name}: losses must be \(k, b\), got \({B},\)"):
         weighting(losses[0], **rest)
+    with pytest.raises(TypeError, match=f"^{name}: losses must be a floating-point tensor, got torch.int64"):
+        weighting(losses.long(), **rest)
 
 
 @pytest.mark.parametrize("name", kdlib.weighting.__all__)

@@ -76,6 +76,7 @@ def test_val_accepts_nothing_if_the_grid_never_reaches_the_far() -> None:
     assert grid_at_far(np.array([3.9995, 4.0]), 0.5) == 0.0
     assert grid_at_far(np.array([0.5, 1.5]), 1.0) == pytest.approx(3.999)
     assert grid_at_far(np.array([3.9985, 4.0]), 0.25) == pytest.approx(3.9985)  # halfway from 3.998 to the last point
+    assert grid_at_far(np.array([3.9975, 3.9985, 5, 5]), 0.375) == pytest.approx(3.9985)
     assert exact_at_far(np.array([0.5, 1.5]), 1.0) == np.inf
 
 
@@ -120,7 +121,7 @@ def test_pca_is_fitted_on_the_other_folds_alone(k: int) -> None:
 def test_facexzoo_threshold_is_a_cosine_and_a_tie_is_always_wrong() -> None:
     left, right, same = make()
     scores = 1 - distances_of(left, right) / 2
-    accuracies = []
+    accuracies, thresholds = [], []
     for test in contiguous(same.size):
         train = np.setdiff1d(np.arange(same.size), test)
         low, high = scores[train].min(), scores[train].max()
@@ -129,9 +130,11 @@ def test_facexzoo_threshold_is_a_cosine_and_a_tie_is_always_wrong() -> None:
             float((scores[train][same[train]] > t).mean() - (scores[train][~same[train]] > t).mean()) for t in steps
         ]
         best = steps[int(np.argmax(gains))]
+        thresholds.append(best)
         right_ones = (scores[test][same[test]] > best).sum() + (scores[test][~same[test]] < best).sum()
         accuracies.append(right_ones / test.size)
     found = verify_pairs(left, right, same, threshold="facexzoo")
+    np.testing.assert_allclose(found.thresholds, thresholds)
     np.testing.assert_allclose(found.fold_accuracies, accuracies, atol=1e-9)
     assert found.standard_error == pytest.approx(np.std(accuracies, ddof=1) / np.sqrt(10))
     entry = found.to_dict()

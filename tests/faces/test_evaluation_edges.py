@@ -80,6 +80,12 @@ def test_many_independent_observations_need_no_counts_of_each() -> None:
     assert spread[0] == pytest.approx(spread[1] * np.sqrt(40 / 60), rel=0.2)
 
 
+def test_many_observations_of_few_identities_are_resampled_by_identity() -> None:
+    identities = np.arange(60_000) % 10
+    difference = paired_test(identities < 5, np.zeros(60_000), identities=identities, replicates=200).difference
+    assert difference.high - difference.low > 0.3
+
+
 @pytest.mark.parametrize(
     "header",
     [

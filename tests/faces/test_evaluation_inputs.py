@@ -111,6 +111,8 @@ def test_two_sets_of_labels_are_compared_exactly() -> None:
     ids = np.array([2**64 - 1, 2**63 + 1, BIG + 1], dtype=np.uint64)
     protocol = TemplateVerificationProtocol(ids, [1, 2, 3], ids[:2], ids[1:], [1, 0], fars=(1.0,))
     assert protocol.evaluate(np.eye(3)).left.tolist() == [2, 1]
+    without = TemplateVerificationProtocol(ids, [1, 2, 3], ids[:2], ids[1:], [1, 0], fars=())
+    assert without.evaluate(np.eye(3)).tar == {}
     with pytest.raises(ValueError, match=rf"left must be in template_ids, got {BIG} in entry 0"):
         TemplateVerificationProtocol(ids, [1, 2, 3], [BIG, BIG + 1], ids[:2], [1, 0]).evaluate(np.eye(3))
 

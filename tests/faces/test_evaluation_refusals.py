@@ -107,6 +107,7 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], Cases]] = [
         ({"ties": "maybe"}, "ties must be one of 'correct', 'wrong'"),
         ({"cleaning": "soap"}, "cleaning must be one of"),
         ({"sizes": (10, 5)}, "sizes must rise"),
+        *(({"sizes": (size, 5)}, f"sizes must be a whole number and >= 1, got {size}") for size in (0, 2.5)),
         ({"sizes": (10, 21)}, "sizes must be at most the 20 distractors, got"),
         ({"distractors": with_row(OTHERS, 1, 0)}, "distractors must be non-zero in every row, got row 1"),
         ({"distractors": np.zeros((3, 4)), "cleaning": "exclude_zeros"}, "one that is not cleaned away, got none"),
@@ -115,6 +116,7 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], Cases]] = [
         ({"identities": [1, 1, 1]}, "at least two identities, got only 1"),
         ({"identities": [1.0, np.nan, 2.0]}, "identities must be whole numbers or strings, got entry 1"),
         ({"identities": np.array(["a", None, "a"], dtype=object)}, "got entry 1 that is not"),
+        ({"identities": np.array([1.0, 2.5, 2.0])}, "identities must be whole numbers or strings, got entry 1"),
         ({"identities": [True, False], "embeddings": np.eye(2)}, "identities must be an array of whole numbers or strings"),
         ({"identities": [[1, 1, 2]]}, "identities must be"),
         *(({"ranks": ranks}, "ranks must be a whole number") for ranks in ((0,), np.arange(1.0, 2.0), [np.True_])),
@@ -143,6 +145,7 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], Cases]] = [
     (LongitudinalProtocol, {"identities": [0, 0, 1], "ages": [1, 2, 3]}, [
         ({"reference": "last"}, "reference must be one of 'first', 'all'"),
         ({"years": (0,)}, "years must be"),
+        ({"fars": ()}, "fars must not be empty"),
     ]),
     (CrossGroupProtocol, {"identities": [0, 0, 1, 1], "groups": ["young", "adult", "young", "adult"]}, [
         ({"groups": ["young", "old", "young", "old"]}, "gallery must be one of 'old', 'young', got 'adult'"),
@@ -204,6 +207,7 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], Cases]] = [
         ({"batch_size": 0}, "batch_size must be"),
         ({"model": lambda x: x}, r"must return embeddings \(23, d\), got \(23, 3, 6, 6\)"),
         ({"model": lambda x: x.sum()}, "must return embeddings"),
+        ({"model": lambda x: x.tolist()}, r"must return embeddings \(23, d\), got list"),
         ({"model": lambda x: {"logits": x}}, "must return 'embedding', got 'logits'"),
         ({"model": lambda x: x.flatten(1) * 0}, "non-zero to be normalized, got image 0"),
         ({"out": np.empty((23, 4))}, r"out must be \(n, 5\) with a row"),
@@ -243,6 +247,7 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], Cases]] = [
         ({"identities": [1]}, "identities must be as long as a"),
     ]),
     (clustered_rate, {"hits": [1.0, 0.0], "identities": [0, 1]}, [
+        ({"hits": ["1", "0"]}, "hits must be an array of numbers"),
         ({"hits": [2.0], "identities": [0]}, r"hits must be in \[0, 1\], got entry 0"),
         ({"identities": [0]}, "identities must be as long as hits"),
     ]),
@@ -270,6 +275,11 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], Cases]] = [
         ({"protocol": "lfw"}, r"protocol must have an evaluate\(embeddings\) method, got str"),
     ]),
 ]  # fmt: skip
+OWNERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    evaluate_pairs: PairProtocol,
+    leave_one_out: LeaveOneOutProtocol,
+}
+"""Functions whose messages begin with the name of the protocol that they build."""
 CASES = [(function, {**valid, **change}, message) for function, valid, cases in TABLE for change, message in cases]
 
 
@@ -278,6 +288,7 @@ def test_wrong_arguments_are_refused(function: Callable[..., Any], arguments: di
     with pytest.raises((TypeError, ValueError), match=message) as caught:
         function(**arguments)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{OWNERS.get(function, function).__name__}: ")
 
 
 @pytest.mark.parametrize(("function", "valid", "cases"), TABLE)

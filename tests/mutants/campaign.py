@@ -29,8 +29,8 @@ TESTS = [
     "tests/faces/test_report.py", "tests/faces/test_student_start.py", "tests/faces/test_thresholds.py", *FOLDERS,
 ]  # fmt: skip
 """Files whose tests run for mutants, and folders whose examples do."""
-LEFT_OUT = ("compile", "process", "subprocess")
-"""Words in the names of tests that take too long."""
+SELECTED = "not compile and (not process or preprocess or processed)"
+"""Words in the names of tests: those of compilers and of several processes take too long."""
 
 
 def every_mutant() -> dict[str, list[Mutant]]:
@@ -72,9 +72,8 @@ def run(mutants: list[Mutant], folder: Path, workers: int) -> dict[tuple[object,
     rest = [mutant for mutant in mutants if mutant.key not in known]
     if rest:
         tests = sorted({str(path) for pattern in TESTS for path in ROOT.glob(pattern)})
-        words = " and ".join(f"not {word}" for word in LEFT_OUT)
         runner = Runner(ROOT, rest, file, folder / "clean.pickle", workers)
-        options = ["-q", "--tb=native", "-p", "no:cacheprovider", "--no-header", "--no-summary", "-k", words]
+        options = ["-q", "--tb=native", "-p", "no:cacheprovider", "--no-header", "--no-summary", "-k", SELECTED]
         if code := pytest.main([*tests, *options], plugins=[runner]):
             raise SystemExit(f"mutants: pytest ended with exit code {code}")
         print(f"{len(runner.failed)} tests are too slow for mutants, skipped, or fail on the original code")

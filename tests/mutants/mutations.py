@@ -7,7 +7,7 @@ from types import CodeType
 
 import libcst as cst
 from libcst.metadata import MetadataWrapper, PositionProvider
-from mutmut.mutation.mutators import mutation_operators, operator_arg_removal, operator_assignment
+from mutmut.mutation.mutators import mutation_operators, operator_arg_removal, operator_assignment, operator_if_exp
 
 MESSAGE_NAMES = {"owner", "name", "names", "what", "argument", "message", "where", "like"}
 """Parameters and variables that only error messages use."""
@@ -20,6 +20,8 @@ SKIPPED = (cst.Annotation, cst.Assert, cst.Decorator, cst.FormattedString, cst.R
 """Types, decorators and messages."""
 OPERATORS = [each for each in mutation_operators if each[1] is not operator_assignment]
 """All but `x = None`, which the first use of x or the type checker detects."""
+AT_IMPORT = "__init_subclass__"
+"""A method that runs when the package is imported, before a function is changed."""
 SIMPLE = (cst.Name, cst.BaseNumber, cst.SimpleString)
 
 
@@ -107,6 +109,7 @@ class _Visitor(cst.CSTVisitor):
         self.outer: cst.FunctionDef | None = None
         self.function, self.default = "", ""
         self.silent: set[cst.CSTNode] = set()
+        self.equal: dict[cst.CSTNode, str] = {}
         self.found: list[Mutant] = []
         self.counts: Counter[tuple[str, str, str]] = Counter()
         self.offsets = [0]
@@ -120,12 +123,21 @@ class _Visitor(cst.CSTVisitor):
             if _callee(node).endswith(("Error", "Warning", "warn")):
                 return False
             self.silent |= {arg.value for arg in node.args if _is_silent(node, arg)}
+            self.equal |= _sort_kinds(node)
+        if isinstance(node, cst.If) and _is_compiling(node.test) and node.orelse is None:
+            return False
+        if isinstance(node, cst.IfExp) and _is_compiling(node.test):
+            self.equal[node] = cst.Module(body=[]).code_for_node(next(iter(operator_if_exp(node))))
+        if isinstance(node, cst.Comparison):
+            self.equal |= _dtype_kinds(node)
         if isinstance(node, cst.Assign) and _code(node.targets[0].target) in MESSAGE_NAMES:
             self.silent |= {node.value, *_parts(node.value)}
         if isinstance(node, (cst.FunctionDef, cst.ClassDef)):
             self.scopes.append(node.name.value)
             if isinstance(node, cst.FunctionDef) and self.outer is None:
                 self.outer, self.function = node, ".".join(self.scopes)
+            if node.name.value == AT_IMPORT:
+                return False
         if isinstance(node, cst.Param) and node.default is not None:
             if not isinstance(node.default, SIMPLE) or node.name.value in MESSAGE_NAMES:
                 return False
@@ -155,6 +167,8 @@ class _Visitor(cst.CSTVisitor):
         start = self.offsets[place.start.line - 1] + place.start.column
         end = self.offsets[place.end.line - 1] + place.end.column
         before, after = self.text[start:end], cst.Module(body=[]).code_for_node(new)
+        if after == self.equal.get(node):
+            return
         change = self.function, before, after
         self.counts[change] += 1
         lines = body.start.line, body.end.line
@@ -194,6 +208,27 @@ def _is_silent(call: cst.Call, arg: cst.Arg) -> bool:
         named = isinstance(value, cst.Name) and value.value in MESSAGE_NAMES
         return named or isinstance(value, (cst.SimpleString, cst.FormattedString))
     return False
+
+
+def _is_compiling(test: cst.BaseExpression) -> bool:
+    """Whether only a compiler takes a branch; the tests of `torch.compile` do not run for mutants."""
+    return isinstance(test, cst.Call) and _callee(test) == "is_compiling"
+
+
+def _sort_kinds(call: cst.Call) -> dict[cst.CSTNode, str]:
+    """Return the capitals of the kind of a sort, which NumPy reads in any case."""
+    if _callee(call) not in ("sort", "argsort"):
+        return {}
+    kinds = [arg.value for arg in call.args if arg.keyword is not None and arg.keyword.value == "kind"]
+    return {each: each.value.upper() for each in kinds if isinstance(each, cst.SimpleString)}
+
+
+def _dtype_kinds(comparison: cst.Comparison) -> dict[cst.CSTNode, str]:
+    """Return the letters of `dtype.kind in "iu"` with an X, which is the kind of no data type."""
+    if not (isinstance(comparison.left, cst.Attribute) and comparison.left.attr.value == "kind"):
+        return {}
+    letters = [target.comparator for target in comparison.comparisons]
+    return {each: f'"XX{each.raw_value}XX"' for each in letters if isinstance(each, cst.SimpleString)}
 
 
 def _same_subscripts(before: cst.SimpleString, after: cst.CSTNode) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kdlib._maths import rescale
+from kdlib._maths import rescale, safe_divisor
 
 __all__ = ["scaled_energy"]
 
@@ -67,7 +67,7 @@ class _ScaledEnergy(Function):
     @staticmethod
     def backward(ctx: Any, by_position: Tensor, by_channel: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         features, largest = ctx.saved_tensors
-        divisor = torch.where(largest == 0, 1.0, largest).reshape(-1, 1, 1, 1)
+        divisor = safe_divisor(largest).reshape(-1, 1, 1, 1)
         spatial = by_position[:, None] * (2 / features.shape[1]) / divisor
         channel = by_channel[:, :, None, None] * (2 / (features.shape[2] * features.shape[3])) / divisor
         if torch.is_grad_enabled():  # with create_graph=True

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdlib._checks import check_callable, check_floating, check_number, check_rank, check_same_batch, check_shape
-from kdlib._maths import Reduction, full_precision, hold_short, promote, reduce, rescale
+from kdlib._maths import Reduction, full_precision, hold_short, promote, reduce, rescale, safe_divisor
 from kdlib._repr import CallRepr
 from kdlib.losses._checks import check_epoch, check_order, check_trained
 from kdlib.losses._layers import convolve, limit, mean_square_error, pool_to_smaller
@@ -85,7 +85,7 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the unit rows `(b, n)` of rescaled maps and their lengths `(b,)`."""
     rows = x.flatten(1)
     length = torch.linalg.vector_norm(rows, dim=1)
-    return rows / torch.where(length == 0, 1.0, length)[:, None], length
+    return rows / safe_divisor(length)[:, None], length
 
 
 class Paraphraser(CallRepr):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from kdlib._checks import check_batches, check_floating, check_shape
-from kdlib._maths import Reduction, full_precision, mean_square, promote, reduce
+from kdlib._maths import Reduction, full_precision, mean_square, promote, reduce, safe_divisor
 from kdlib.losses._checks import check_affine, check_layouts, check_map, check_margin
 from kdlib.losses._module import FunctionLoss
 
@@ -56,7 +56,7 @@ def overhaul_margin(norm: nn.Module) -> Tensor:
     wide = torch.float32 if weight.device.type == "mps" else torch.float64  # Metal devices have no float64
     with full_precision(weight):
         deviation, mean = weight.to(wide).abs(), bias.to(wide)
-        ratio = mean / torch.where(deviation > 0, deviation, 1.0)
+        ratio = mean / safe_divisor(deviation)
         log_probability = torch.special.log_ndtr(-ratio)
         below = mean - deviation * torch.exp(-ratio.square() / 2 - math.log(2 * math.pi) / 2 - log_probability)
         margin = torch.where(log_probability > math.log(RARE), below, -3 * deviation)

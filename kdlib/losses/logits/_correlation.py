@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from kdlib._checks import readable
-from kdlib._maths import promote, promoted_dtype
+from kdlib._maths import promote, promoted_dtype, safe_divisor
 from kdlib.losses.logits import _chunked
 from kdlib.losses.logits._divergence import centered
 
@@ -135,7 +135,7 @@ def _standardize(
     largest = torch.where(flat, 1.0, largest)
     scaled = _hide(x - mean, kept, 0.0) / largest
     spread = torch.where(flat, 1.0, _mean(scaled.square(), share, dims)).sqrt()
-    spread = torch.where(spread == 0, 1.0, spread)
+    spread = safe_divisor(spread)
     values = scaled * torch.where(flat, 0.0, 1 / spread)
     inverse = torch.where(flat | steep, 0.0, 1 / torch.where(steep, 1.0, largest) / spread.detach())
     if logs.requires_grad and torch.is_grad_enabled():

@@ -6,7 +6,7 @@ from typing_extensions import override
 
 from kdlib._checks import check_number, check_relation_reduction, check_scheduled, check_weight
 from kdlib._gather import gather_rows
-from kdlib._maths import MeanOnly, finite_weight, full_precision, promote, promoted_dtype, relative_weight
+from kdlib._maths import MeanOnly, finite_weight, full_precision, promote, promoted_dtype, relative_weight, safe_divisor
 from kdlib.losses._checks import check_logits
 from kdlib.losses._module import RelationLoss
 from kdlib.losses.logits._correlation import Options, correlation_distances
@@ -102,7 +102,7 @@ def dist(
         if student.numel() == 0:
             return student.to(dtype).sum() * 0.0
         share = relative_weight(share, torch.empty((), dtype=dtype, device=student.device))
-        share = share / torch.where(share.sum() == 0, 1.0, share.sum())
+        share = share / safe_divisor(share.sum())
         value = correlation_distances(student, teacher, share, options) * temperature * temperature
         return torch.where(share.sum() > 0, value, value * 0.0)
 

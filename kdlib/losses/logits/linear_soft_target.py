@@ -77,7 +77,8 @@ def linear_soft_target(
         of Liger Kernel, Hsu et al., arXiv 2410.10989.
     """
     owner = "linear_soft_target"
-    check_options(owner, temperature, divergence, skew, standardize)
+    check_number(owner, "temperature", temperature, above=0)
+    check_options(owner, divergence, skew, standardize)
     check_hidden(owner, student_hidden, student_weight, teacher_hidden, teacher_weight)
     positions = student_hidden.shape[:-1]
     if mask is not None:
@@ -128,7 +129,7 @@ class LinearSoftTargetLoss(ScheduledModule):
     ) -> None:
         super().__init__()
         check_scheduled("LinearSoftTargetLoss", "temperature", temperature, above=0)
-        check_options("LinearSoftTargetLoss", 1.0, divergence, skew, standardize)
+        check_options("LinearSoftTargetLoss", divergence, skew, standardize)
         if chunk_size is not None:
             check_number("LinearSoftTargetLoss", "chunk_size", chunk_size, min=1, integer=True)
         self.temperature, self.divergence, self.skew = temperature, divergence, skew

@@ -95,7 +95,8 @@ def soft_target(
         *Logit Standardization in Knowledge Distillation*, arXiv 2403.01427, algorithms 1 and 2, where the standard
         deviation divides by the number of classes c. The authors' code divides by c - 1 and adds 1e-7.
     """
-    check_options("soft_target", temperature, divergence, skew, standardize, dim)
+    check_number("soft_target", "temperature", temperature, above=0)
+    check_options("soft_target", divergence, skew, standardize, dim)
     check_logits("soft_target", student, teacher, dim, mask)
     with full_precision(student):
         positions = as_positions(student, teacher, dim)
@@ -131,7 +132,7 @@ class SoftTargetLoss(LossModule):
     ) -> None:
         super().__init__(reduction=reduction)
         check_scheduled("SoftTargetLoss", "temperature", temperature, above=0)
-        check_options("SoftTargetLoss", 1.0, divergence, skew, standardize, dim)
+        check_options("SoftTargetLoss", divergence, skew, standardize, dim)
         self.temperature, self.divergence, self.skew = temperature, divergence, skew
         self.standardize, self.dim = standardize, dim
 
@@ -149,11 +150,8 @@ class SoftTargetLoss(LossModule):
         return self._call(student, teacher, weight, reduction, step, mask=mask)
 
 
-def check_options(
-    owner: str, temperature: object, divergence: object, skew: object, standardize: object, dim: object = 1
-) -> None:
-    """Check the hyper-parameters."""
-    check_number(owner, "temperature", temperature, above=0)
+def check_options(owner: str, divergence: object, skew: object, standardize: object, dim: object = 1) -> None:
+    """Check the hyper-parameters other than the temperature, which may be a schedule."""
     check_choice(owner, "divergence", divergence, tuple(DIVERGENCES))
     check_number(owner, "skew", skew, above=0, below=1)
     check_type(owner, "standardize", standardize, bool, "a bool")

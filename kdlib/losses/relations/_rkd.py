@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdlib._checks import readable
-from kdlib._maths import unit_rows
+from kdlib._maths import safe_divisor, unit_rows
 from kdlib.losses._relations import add_distance_gradient, power_of_two, squared_distances
 
 __all__ = ["angle_operation", "angle_with_gradient", "distance_operation", "distance_with_gradient"]
@@ -30,10 +30,9 @@ def distance_with_gradient(
     (d_s, near), (d_t, _) = squared_distances(student, dtype), squared_distances(teacher, dtype)
     share = share.to(dtype)
     d_s, d_t = d_s.sqrt_(), d_t.sqrt_()
-    pairs = torch.outer(share, share).fill_diagonal_(0).sum()  # of two different samples
-    pairs = torch.where(pairs > 0, pairs, 1.0)
+    pairs = safe_divisor(torch.outer(share, share).fill_diagonal_(0).sum())  # of two different samples
     mean_s, mean_t = share @ (d_s @ share) / pairs, share @ (d_t @ share) / pairs
-    divide_s, divide_t = torch.where(mean_s > 0, mean_s, 1.0), torch.where(mean_t > 0, mean_t, 1.0)
+    divide_s, divide_t = safe_divisor(mean_s), safe_divisor(mean_t)
     value, mean_slope = share.new_zeros(()), share.new_zeros(())
     for start in range(0, batch, chunk or batch):
         at = slice(start, start + (chunk or batch))
@@ -65,8 +64,8 @@ def angle_with_gradient(
     student, teacher = student / scale, teacher / power_of_two(teacher)
     wide = torch.float32 if student.device.type == "mps" else torch.float64  # Metal devices have no float64
     (squares, near), (squares_t, _) = squared_distances(student, wide), squared_distances(teacher, wide)
-    largest, largest_t = (torch.where(x.amax() > 0, x.amax(), 1.0) for x in (squares, squares_t))
-    squares_t /= largest_t
+    largest = safe_divisor(squares.amax())
+    squares_t /= safe_divisor(squares_t.amax())
     short = squares < (shortest / scale.to(wide)) ** 2
     squares /= largest
     # The rounding error of a cosine grows with the ratio of its two sides. Above a ratio of 1e3 float64 is used, and

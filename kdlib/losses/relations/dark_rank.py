@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdlib._checks import check_floating, check_number, readable
-from kdlib._maths import MeanOnly, directions, full_precision, unit_rows
+from kdlib._maths import MeanOnly, directions, full_precision, safe_divisor, unit_rows
 from kdlib.losses._module import RelationLoss
 from kdlib.losses._relations import one_batch, power_of_two, squared_distances
 
@@ -103,7 +103,7 @@ def dark_rank(
         missing = torch.arange(neighbors.shape[1], device=rows.device) >= torch.where(others > 1, others, 0)
         distance = torch.stack([_distances(rows, rows[k]) for k in neighbors.unbind(1)], 1)
         # Logarithms, because powers overflow easily.
-        log_distance = torch.where(distance == 0, 1.0, distance).log()
+        log_distance = safe_divisor(distance).log()
         log_size = (log_distance + scale.log()) * beta + math.log(alpha)
         log_slope = log_size - log_distance + math.log(beta)
         # With these limits the gradient of a row fits the student's dtype, and that of a scaled row fits `wide`.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kdlib._checks import check_number, check_pair
-from kdlib._maths import MeanOnly, full_precision
+from kdlib._maths import MeanOnly, full_precision, safe_divisor
 from kdlib.losses._module import RelationLoss
 from kdlib.losses._relations import one_batch
 
@@ -90,7 +90,7 @@ def _normalize(x: Tensor, share: Tensor) -> Tensor:
     x = x / size
     centered = torch.where(share.unsqueeze(1) > 0, x - share @ x, 0.0)
     variance = share @ centered.square() + (EPS**0.5 / size).square()
-    return centered / torch.where(variance > 0, variance, 1.0).sqrt()
+    return centered / safe_divisor(variance).sqrt()
 
 
 def _check_exponent(owner: str, exponent: float) -> None:

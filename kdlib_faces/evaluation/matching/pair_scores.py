@@ -30,7 +30,7 @@ def pair_cosines(unit: SingleArray, i: IntArray, j: IntArray) -> SingleArray:
     blocks = -(-rows.size // ROWS)
     block_of = (number // ROWS).astype(np.uint16 if blocks < 2**16 else np.int64)[low]
     order = np.argsort(block_of, kind="stable")
-    ends = np.cumsum(np.bincount(block_of, minlength=blocks))
+    ends = np.cumsum(np.bincount(block_of))
     for block in range(blocks):
         chosen = order[ends[block - 1] if block else 0 : ends[block]]
         mine = rows[block * ROWS : (block + 1) * ROWS]

@@ -16,7 +16,7 @@ def pooled_slope(x: FloatArray, y: FloatArray, codes: IntArray, resamples: IntAr
 def within_slope(x: FloatArray, y: FloatArray, codes: IntArray, resamples: IntArray, level: float) -> Estimate:
     """The slope that all identities share if each has its own level: sum of Cxy over sum of Cxx."""
     xy, xx = _centered(*_sums(x, y, codes, resamples.shape[1]))
-    used = int((np.bincount(codes, minlength=xx.size)[xx > 0]).sum()) if x.size else 0
+    used = int(np.bincount(codes, minlength=xx.size)[xx > 0].sum())
     return _estimate(ratio(xy.sum(), xx.sum()), ratio(resamples @ xy, resamples @ xx), used, level)
 
 
