@@ -78,7 +78,7 @@ class Search:
 
     def __post_init__(self) -> None:
         self.best = np.full((len(self.probes), self.ranks), -np.inf)
-        self.nearest = np.empty(len(self.probes), dtype=np.int64)
+        self.nearest = np.full(len(self.probes), -1, dtype=np.int64)
         self.largest = np.empty(0)
         self._single = self.probes.astype(np.float32)
         self._error = product_error(self.probes.shape[1])
