@@ -91,6 +91,15 @@ def check_layer_shape(path: str, name: str, shape: tuple[int, ...], original: tu
         )
 
 
+def check_same_channels(path: str, name: str, shape: tuple[int, ...], channels: int, like: str) -> None:
+    """All tensors of a layer have the same channels."""
+    if shape != (channels,):
+        raise ValueError(
+            f"narrow_like: state_dict[{f'{path}.{name}'!r}] must have the shape {(channels,)}, as {path}.{like} has {channels} "
+            f"channels, got {shape}; the saved weights are damaged"
+        )
+
+
 def check_batch(number: int, batch: object) -> Tensor:
     """A batch must be a finite tensor `(b, ...)` of at least one sample."""
     check_type("shrink", f"batch {number}", batch, Tensor, "a torch.Tensor")

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from kdlib.compression._checks import check_layer_shape, check_model, check_state
+from kdlib.compression._checks import check_layer_shape, check_model, check_same_channels, check_state
 from kdlib.compression.spaces import is_depthwise
 from kdlib.compression.tracing import replace
 
@@ -87,7 +87,7 @@ def _layer(
     new.weight = _resized(layer.weight, shape)
     if bias is not None or layer.bias is not None:
         size = tuple(bias.shape) if bias is not None else (shape[0],)
-        check_layer_shape(path, "bias", size, (shape[0],))
+        check_same_channels(path, "bias", size, shape[0], "weight")
         new.bias = _resized(layer.weight if layer.bias is None else layer.bias, size)
     return new
 
@@ -95,14 +95,14 @@ def _layer(
 def _parameters(path: str, layer: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
     """Return a BatchNorm or PReLU with as many channels as its saved parameters have."""
     new = copy.deepcopy(layer)
-    for name, parameter in layer.named_parameters(recurse=False):
-        shape = shapes.get(name, tuple(parameter.shape))
-        check_layer_shape(path, name, shape, tuple(parameter.shape))
-        setattr(new, name, _resized(parameter, shape))
-    for name, buffer in layer.named_buffers(recurse=False):
-        shape = shapes.get(name, tuple(buffer.shape))
-        check_layer_shape(path, name, shape, tuple(buffer.shape))
-        setattr(new, name, buffer.new_zeros(shape))
+    first: tuple[str, int] | None = None
+    for name, old in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
+        shape = shapes.get(name, (first[1],) if first and old.dim() else tuple(old.shape))
+        check_layer_shape(path, name, shape, tuple(old.shape))
+        if shape:  # all but the number of batches
+            first = first or (name, shape[0])
+            check_same_channels(path, name, shape, first[1], first[0])
+        setattr(new, name, _resized(old, shape) if isinstance(old, nn.Parameter) else old.new_zeros(shape))
     if isinstance(new, (nn.BatchNorm1d, nn.BatchNorm2d)):
         new.num_features = shapes.get("weight", shapes.get("running_mean", (new.num_features,)))[0]
     elif isinstance(new, nn.PReLU):

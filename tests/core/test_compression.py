@@ -542,8 +542,16 @@ def test_weights_of_another_network_are_refused():
         ValueError, match=r"narrow_like: state_dict\['head.weight'\] must have a shape of at most \(6, 24\)"
     ):
         narrow_like(Residual(), {**state, "head.weight": torch.zeros(6, 25)})
-    with pytest.raises(ValueError, match=r"narrow_like: state_dict\['head.bias'\] must have a shape of at most \(6,\)"):
-        narrow_like(Residual(), {**state, "head.bias": torch.zeros(7)})
+    for size in (5, 7):
+        with pytest.raises(
+            ValueError, match=r"state_dict\['head.bias'\] must have the shape \(6,\), as head.weight has 6"
+        ):
+            narrow_like(Residual(), {**state, "head.bias": torch.zeros(size)})
+    norm = {"0.weight": torch.ones(5), "0.bias": torch.ones(5), "0.running_mean": torch.ones(4)}
+    with pytest.raises(
+        ValueError, match=r"state_dict\['0.running_mean'\] must have the shape \(5,\), as 0.weight has 5"
+    ):
+        narrow_like(nn.Sequential(nn.BatchNorm2d(6)), norm)
     with pytest.raises(TypeError, match=r"state_dict\['head.weight'\]"):
         narrow_like(Residual(), {**state, "head.weight": 3})
     with pytest.raises(TypeError, match="model"):
