@@ -40,8 +40,7 @@ def read_constants(graph: Graph) -> dict[str, np.ndarray]:
             try:
                 evaluator = library("onnx.reference").ReferenceEvaluator(model)
                 values[node.output[0]] = np.asarray(evaluator.run(None, {name: values[name] for name in inputs})[0])
-            except (
-                Exception
-            ):  # the tensor then counts as computed, and the reader that needs it as a constant raises an error
+            except Exception:
+                # The tensor then counts as computed, and a reader that needs it as a constant raises an error.
                 continue
     return values
