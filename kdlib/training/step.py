@@ -11,7 +11,7 @@ from kdlib.training._checks import batch_of_one, diverged, listed, note_batch
 from kdlib.training.batches import batch_size, sample_ids, to_device
 from kdlib.training.checkpoint import CheckpointStore
 from kdlib.training.config import TrainConfig
-from kdlib.training.distributed import synchronize_if
+from kdlib.training.distributed import Processes, synchronize_if
 from kdlib.training.run import Run
 from kdlib.training.stream import Batch
 
@@ -27,16 +27,18 @@ class Readings:
     Args:
         values: The mean of :meth:`pack` over the batches of the step.
         output: An `ObjectiveOutput` with the same terms and weights.
-        average: Averages values over processes, in place.
+        processes: The processes over which the values are averaged.
 
     Attributes:
         own: The total of this process, after `fetch`.
     """
 
-    def __init__(self, values: Tensor, output: ObjectiveOutput, average: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, values: Tensor, output: ObjectiveOutput, processes: Processes) -> None:
         self._names, self._counts = list(output.terms), {name: len(w) for name, w in output.weights.items()}
-        own = values[:1].clone()
-        self._values, self._copied = torch.cat([own, average(values)]), None
+        # With several processes, the own total is the last value.
+        alone = processes.count == 1
+        self._values = values if alone else torch.cat([processes.average(values.clone()), values[:1]])
+        self._copied = None
         if values.is_cuda:
             device, self._values = self._values, torch.empty(len(self._values), dtype=values.dtype, pin_memory=True)
             self._values.copy_(device, non_blocking=True)
@@ -54,10 +56,12 @@ class Readings:
         """Return the total, the terms, and the mean weight of each teacher by term."""
         if self._copied is not None:
             self._copied.synchronize()
-        self.own, total, *rest = self._values.tolist()
-        values = iter(rest)
+        values = iter(self._values.tolist())
+        total = next(values)
         terms = {name: next(values) for name in self._names}
-        return total, terms, {name: tuple(next(values) for _ in range(n)) for name, n in self._counts.items()}
+        weights = {name: tuple(next(values) for _ in range(n)) for name, n in self._counts.items()}
+        self.own = next(values, total)
+        return total, terms, weights
 
 
 def accumulate(
@@ -96,7 +100,7 @@ def accumulate(
             values = packed if values is None else values + packed
             if left == 0:
                 # Copied before the backward pass and read after it, so that the device never waits for the host.
-                readings = Readings(values if len(group) == 1 else values / len(group), output, processes.average)
+                readings = Readings(values if len(group) == 1 else values / len(group), output, processes)
             run.scaler.scale(output.total / len(group)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     total, terms, weights = readings.fetch()
     if isfinite(total):
