@@ -1,7 +1,7 @@
 """Paired differences of runs: `python benchmarks/study/compare.py --base recipe --work runs/study`.
 
-Evaluates the students of all finished runs with as many images seen as the base, on the list of judged faces that `run.py` wrote,
-and stores the differences to the base, with intervals of resamples that all students share, beside the JSON files of the runs.
+Evaluates the students of all finished runs with as many images seen as the base, or of the runs named by `--other`, on the list of
+judged faces that `run.py` wrote, and stores the differences to the base, with intervals of resamples that all students share, beside the JSON files of the runs.
 """
 
 import argparse
@@ -31,6 +31,9 @@ def main() -> None:
     """Evaluate and store."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", required=True, help="name of the run that the others are compared with")
+    parser.add_argument(
+        "--other", action="append", help="run to compare, repeatable; by default all with as many images"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/study"))
     parser.add_argument("--part", choices=("choose", "report"), default="choose")
@@ -38,7 +41,8 @@ def main() -> None:
     folder = RESULTS / options.part
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*-{options.seed}.json"))]
     base = next(row for row in rows if row["name"] == options.base)
-    others = [row for row in rows if row["images_seen"] == base["images_seen"] and row is not base]
+    chosen = options.other or [row["name"] for row in rows if row["images_seen"] == base["images_seen"]]
+    others = [row for row in rows if row["name"] in chosen and row is not base]
     names = {f"run{number}": row["name"] for number, row in enumerate(others)}
 
     def student(name: str) -> Path:
@@ -54,7 +58,6 @@ def main() -> None:
     content = {
         "base": options.base,
         "seed": options.seed,
-        "images_seen": base["images_seen"],
         "runs": {names[key]: value for key, value in found.items()},
     }
     target = folder / f"differences_{options.base}.json"

@@ -96,7 +96,7 @@ def _size(model: dict[str, Any]) -> str:
 def draw(
     teachers: dict[str, Any], starts: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]], target: Path
 ) -> None:
-    """Accuracy against images seen, of the runs that are not compared with another in `draw_differences`."""
+    """Accuracy against images seen, of the runs that are not compared with another of the same length in `draw_differences`."""
     mpl.use("agg")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     for axis, far in zip(axes, FARS, strict=True):
@@ -148,7 +148,7 @@ def draw_differences(content: dict[str, Any], target: Path) -> None:
         axis.grid(axis="x", color="0.9")
         axis.set_title(title, fontsize=9)
     axes[0].set_yticks(range(len(names)), names, fontsize=8)
-    figure.suptitle(f"Run minus {content['base']}, {content['images_seen']:,} images, 95 % intervals", fontsize=10)
+    figure.suptitle(f"Run minus {content['base']}, 95 % intervals", fontsize=10)
     figure.savefig(target, dpi=130)
     print(target.name)
 
@@ -162,7 +162,8 @@ def main() -> None:
     print(table(teachers, starts, runs))
     print(compared(options.part))
     contents = [json.loads(path.read_text()) for path in sorted((RESULTS / options.part).glob("differences_*.json"))]
-    hidden = {name for content in contents for name in content["runs"]}
+    seen = {name: rows[0]["images_seen"] for name, rows in runs.items()}
+    hidden = {each for content in contents for each in content["runs"] if seen[each] == seen[content["base"]]}
     shown = {name: rows for name, rows in runs.items() if name not in hidden}
     draw(teachers, starts, shown, PICTURES / f"study_{options.part}.png")
     for content in (each for each in contents if len(each["runs"]) > 1):
